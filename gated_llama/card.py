@@ -1,0 +1,128 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The model card of a converted checkpoint: what it is, how it was made, what was verified, how it is loaded."""
+
+import shlex
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from gated_llama.checkpoint import Source
+
+
+PIPELINE_TAGS = {
+    "GatedLlamaForCausalLM": "text-generation",
+    "GatedLlamaModel": "feature-extraction",
+    "GatedLlamaForSequenceClassification": "text-classification",
+    "GatedLlamaForTokenClassification": "token-classification",
+    "GatedLlamaForQuestionAnswering": "question-answering",
+}
+AUTO_CLASSES = {
+    "GatedLlamaForCausalLM": "AutoModelForCausalLM",
+    "GatedLlamaModel": "AutoModel",
+    "GatedLlamaForSequenceClassification": "AutoModelForSequenceClassification",
+    "GatedLlamaForTokenClassification": "AutoModelForTokenClassification",
+    "GatedLlamaForQuestionAnswering": "AutoModelForQuestionAnswering",
+}
+FROM_BASE = ("license", "license_name", "license_link", "language")
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+[{{ source }}]({{ source_link }}){% if revision %} (commit `{{ revision }}`){% endif %} with gated attention: the attention
+output of every layer is multiplied by a gate computed from the hidden state that the queries read, before `o_proj`
+([Qiu et al., 2025](https://arxiv.org/abs/2505.06708)). The weights of the base model are unchanged, byte for byte; the
+gates are in `model-gates.safetensors`.
+
+| gate | value |
+|---|---|
+| type | {{ gate_type }} |
+| value | {{ gate_scale }} · σ(x · W{% if gate_bias %} + b{% endif %}) |
+| start | {{ start }} |
+| parameters | {{ "{:,}".format(gate_parameters) }} beside {{ "{:,}".format(source_parameters) }} |
+
+The gates have not been trained. On its own, adding gates changes neither quality nor attention sinks.
+
+## How it was made
+
+```bash
+{{ command }}
+```
+
+**Verified:** {{ verified }}.
+
+## How it is loaded
+
+With the package (`pip install gated-llama`), which needs no remote code:
+
+```python
+import modeling_gated  # registers the Auto classes
+from transformers import {{ auto_class }}
+
+model = {{ auto_class }}.from_pretrained("path or id of this model")
+```
+
+Without it, `trust_remote_code=True` runs the two Python files beside the weights: read them first.
+"""
+
+
+def conversion_card(result, source: Source, source_folder: Path, architecture: str) -> str:
+    """
+    Args:
+        result: the [`ConversionResult`] to describe.
+        source_folder: where a README.md may name the base model's licence.
+        architecture: the class that the checkpoint holds.
+    """
+    card_data = ModelCardData(
+        base_model=result.source,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAGS[architecture],
+        tags=["gated-attention", "gated-llama", "custom_code"],
+        **_base_card_fields(source_folder),
+    )
+    open_note = "open (1: the model computes what its base does)"
+    card = ModelCard.from_template(
+        card_data,
+        template_str=TEMPLATE,
+        name=Path(result.output).name,
+        source=result.source,
+        source_link=f"https://huggingface.co/{result.source}" if source.on_hub else "#how-it-was-made",
+        revision=result.revision,
+        gate_type=result.gate_type,
+        gate_scale=f"{result.gate_scale:g}",
+        gate_bias=result.gate_bias,
+        start=open_note if result.gate_init == "open" else "random (needs training)",
+        gate_parameters=result.gate_parameters,
+        source_parameters=result.source_parameters,
+        command=_command(result),
+        verified=str(result.verification) if result.verification else "nothing (conversion with `--no-verify`)",
+        auto_class=AUTO_CLASSES[architecture],
+    )
+    return str(card)
+
+
+def _base_card_fields(folder: Path) -> dict:
+    if not (folder / "README.md").is_file():
+        return {}
+    try:
+        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, OSError):  # a README without readable metadata says nothing about a licence
+        return {}
+    return {name: data[name] for name in FROM_BASE if data.get(name)}
+
+
+def _command(result) -> str:
+    words = ["gated-llama", "convert", result.source, Path(result.output).name, "--gate-type", result.gate_type]
+    if result.revision:
+        words += ["--revision", result.revision]
+    if result.gate_scale != 2:
+        words += ["--gate-scale", f"{result.gate_scale:g}"]
+    if result.gate_bias:
+        words += ["--gate-bias"]
+    if result.gate_init != "open":
+        words += ["--gate-init", result.gate_init]
+    if result.verification is None:
+        words += ["--no-verify"]
+    return shlex.join(words)

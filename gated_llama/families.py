@@ -1,0 +1,129 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+The model families that a gated checkpoint can come from, as data: which config fields say the same in both, which a
+family fixes without saying so, and which of its classes becomes which of ours.
+"""
+
+from dataclasses import dataclass, field
+
+import transformers
+from transformers import PreTrainedConfig
+
+import modeling_gated
+from configuration_gated import GatedLlamaConfig
+from gated_llama.errors import UserError
+
+
+# Mean the same in every family. (`head_dim` too, but Qwen2 does not declare it.)
+COMMON_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    prefix: str  # of its classes in Transformers
+    own_fields: tuple[str, ...] = ()  # fields of its config that ours has too
+    fixed: dict = field(default_factory=dict)  # what its code does and its config does not say
+
+
+FAMILIES = {
+    "llama": Family("Llama", own_fields=("attention_bias", "mlp_bias", "pretraining_tp")),
+    "mistral": Family("Mistral", own_fields=("sliding_window",)),
+    "qwen2": Family(
+        "Qwen2",
+        own_fields=("sliding_window", "layer_types"),
+        fixed={"attention_bias": True, "attention_out_bias": False},
+    ),
+    "qwen3": Family(
+        "Qwen3",
+        own_fields=("attention_bias", "sliding_window", "layer_types"),
+        fixed={"use_qk_norm": True},
+    ),
+}
+
+HEADS = ("ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a source checkpoint is: its family's own config and class, and the class of ours that it becomes."""
+
+    model_type: str
+    config: PreTrainedConfig
+    model_class: type
+    gated_class: type
+
+
+def recognise(raw_config: dict, where: str) -> Origin:
+    """
+    Read a config.json with its own family's class, whose defaults count for what the file leaves out.
+
+    Raises:
+        UserError: the family or the architecture is not supported, or the config contradicts itself. `where` names it.
+    """
+    model_type = raw_config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(f"{where} has model_type {model_type!r}, which is not supported: {', '.join(FAMILIES)} are.")
+    if raw_config.get("quantization_config"):
+        raise UserError(
+            f"{where} has a quantization_config: convert the unquantized checkpoint, and quantize the result."
+        )
+    prefix = FAMILIES[model_type].prefix
+    architectures = raw_config.get("architectures") or [f"{prefix}ForCausalLM"]
+    head = next((head for head in HEADS if architectures == [prefix + head]), None)
+    if head is None:
+        supported = ", ".join(prefix + head for head in HEADS)
+        raise UserError(f"{where} has architectures {architectures}, which is not supported: one of {supported} is.")
+    try:
+        config = getattr(transformers, f"{prefix}Config").from_dict(raw_config)
+    except Exception as error:  # whatever a malformed value makes the config class do
+        raise UserError(f"{where} is not a valid {model_type} config: {_reason(error)}") from error
+    return Origin(
+        model_type, config, getattr(transformers, prefix + head), getattr(modeling_gated, f"GatedLlama{head}")
+    )
+
+
+def gated_config(origin: Origin, *, where: str, **gate_settings) -> GatedLlamaConfig:
+    """
+    The config of the gated model: everything `origin` says, and the gate's own settings.
+
+    Raises:
+        UserError: the settings make no gate, or the sizes in the source's config contradict each other.
+    """
+    family, source = FAMILIES[origin.model_type], origin.config
+    fields = {name: getattr(source, name) for name in (*COMMON_FIELDS, *family.own_fields)}
+    fields["head_dim"] = getattr(source, "head_dim", None)
+    fields["rope_parameters"] = {key: value for key, value in source.rope_parameters.items() if key != "type"}
+    if (dropout := getattr(source, "classifier_dropout", None)) is not None:
+        fields["classifier_dropout"] = dropout
+    try:
+        return GatedLlamaConfig(**fields, **family.fixed, **gate_settings, architectures=[origin.gated_class.__name__])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} and the settings asked for make no gated model: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The last, plainest line: validators wrap the sentence that matters in others."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1].removeprefix("ValueError: ").removeprefix("TypeError: ")

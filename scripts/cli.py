@@ -1,0 +1,60 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The `gated-llama` command: one sub-command a file of this folder. Imports nothing heavy, so that --help is quick."""
+
+import argparse
+import importlib
+import sys
+
+from gated_llama import __version__
+
+
+COMMANDS = {
+    "convert": "convert_checkpoint",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="gated-llama", description="Gated attention for Llama, Mistral and Qwen checkpoints."
+    )
+    parser.add_argument("--version", action="version", version=f"gated-llama {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module_name in COMMANDS.items():
+        module = importlib.import_module(f"gated_llama.scripts.{module_name}")
+        summary = module.__doc__.strip().splitlines()[0]
+        command = commands.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen command: 0 done; 1 a verification failed; 2 the input or the environment is at fault."""
+    from gated_llama.errors import UserError, VerificationError
+
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"gated-llama: {error}", file=sys.stderr)
+        return 2
+    except VerificationError as error:
+        print(f"gated-llama: verification failed, so nothing was kept: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gated-llama: interrupted; nothing was left half-written.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_alone(module) -> int:
+    """`python scripts/NAME.py …`: one command without its name."""
+    parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Turn a Llama, Mistral or Qwen checkpoint into a gated one that computes the same.
+
+The source's weights are carried over byte for byte and never touched; the gates are added in a file of their own. The
+output appears only when it is complete and, unless --no-verify is given, has been run against the source.
+"""
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a folder with safetensors weights, or the id of a Hub repository")
+    parser.add_argument("output", help="the folder to write")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument(
+        "--gate-type", choices=("headwise", "elementwise"), help="one gate a head (default) or one a channel"
+    )
+    parser.add_argument("--gate-scale", type=float, default=2.0, help="largest value of a gate (default: 2)")
+    parser.add_argument("--gate-bias", action="store_true", help="give the gates' projection a bias")
+    parser.add_argument(
+        "--gate-init",
+        choices=("open", "normal"),
+        default="open",
+        help="open: every gate starts at 1 and the model computes what it did (default); normal: random weights",
+    )
+    verify = parser.add_mutually_exclusive_group()
+    verify.add_argument(
+        "--verify", action="store_true", default=None, help="run source and result (default: if memory suffices)"
+    )
+    verify.add_argument("--no-verify", action="store_false", dest="verify", help="do not run them; the card says so")
+    parser.add_argument("--force", action="store_true", help="replace an output that is not empty")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, and nothing on stdout")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON on stdout")
+
+
+def run(args: argparse.Namespace) -> None:
+    from gated_llama.convert import convert_checkpoint
+
+    result = convert_checkpoint(
+        args.source,
+        args.output,
+        revision=args.revision,
+        gate_type=args.gate_type,
+        gate_scale=args.gate_scale,
+        gate_bias=args.gate_bias,
+        gate_init=args.gate_init,
+        verify=args.verify,
+        force=args.force,
+        progress=not args.quiet,
+    )
+    if args.json:
+        print(result.to_json())
+    elif not args.quiet:
+        share = result.gate_parameters / result.source_parameters
+        print(f"{result.source} ({result.source_model_type}) -> {result.output}")
+        print(f"  gates     {result.gate_type}, {result.gate_parameters:,} parameters (+{share:.2%})")
+        print(
+            f"  carried   {result.carried_bytes / 1e6:,.1f} MB of weights; {', '.join(result.carried) or 'no files'}"
+        )
+        if result.left_behind:
+            print(f"  left      {', '.join(result.left_behind)}")
+        print(f"  verified  {result.verification or 'no'}")
+
+
+if __name__ == "__main__":
+    from gated_llama.scripts.cli import run_alone
+
+    sys.exit(run_alone(sys.modules[__name__]))
