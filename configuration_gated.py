@@ -56,8 +56,8 @@ class GatedLlamaConfig(LlamaConfig):
             Where a converted checkpoint came from and how, as `gated-llama convert` recorded it.
 
     Raises:
-        ValueError: a field has a value that no model can have, or `gate_init="open"` is asked for with a scale and bias
-            for which no weights make a gate of 1.
+        ValueError, StrictDataclassError: a field has a value that no model can have, or `gate_init="open"` is asked
+            for with a scale and bias for which no weights make a gate of 1.
 
     Example:
 
@@ -134,8 +134,8 @@ class GatedLlamaConfig(LlamaConfig):
             )
         if self.gate_init == "open" and self.gate_scale != 2 and not self.gate_bias:
             raise ValueError(
-                f"gate_init='open' without a bias needs gate_scale=2.0: zero weights make a gate of gate_scale/2, which "
-                f"is {self.gate_scale / 2:g} here. Use gate_scale=2.0, or gate_bias=True."
+                f"gate_init='open' without a bias needs gate_scale=2.0: zero weights make a gate of gate_scale/2, "
+                f"which is {self.gate_scale / 2:g} here. Use gate_scale=2.0, or gate_bias=True."
             )
 
 

@@ -31,10 +31,10 @@ TEMPLATE = """---
 
 # {{ name }}
 
-[{{ source }}]({{ source_link }}){% if revision %} (commit `{{ revision }}`){% endif %} with gated attention: the attention
-output of every layer is multiplied by a gate computed from the hidden state that the queries read, before `o_proj`
-([Qiu et al., 2025](https://arxiv.org/abs/2505.06708)). The weights of the base model are unchanged, byte for byte; the
-gates are in `model-gates.safetensors`.
+[{{ source }}]({{ source_link }}){% if revision %} (commit `{{ revision }}`){% endif %} with gated attention:
+the attention output of every layer is multiplied by a gate computed from the hidden state that the queries read,
+before `o_proj` ([Qiu et al., 2025](https://arxiv.org/abs/2505.06708)). The weights of the
+base model are unchanged, byte for byte; the gates are in `model-gates.safetensors`.
 
 | gate | value |
 |---|---|

@@ -115,7 +115,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Sourc
         return Source(folder, folder.resolve().name, None, on_hub=False)
 
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -200,7 +200,7 @@ def _read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
     path = folder / name
     try:
         with safe_open(path, framework="numpy") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (a safe_open does not iterate)
             return {key: TensorInfo(name, s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
     except FileNotFoundError:
         raise UserError(f"{path} is missing: download it again.") from None

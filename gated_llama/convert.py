@@ -27,7 +27,6 @@ from gated_llama.checkpoint import (
     INDEX_NAME,
     WEIGHTS_NAME,
     Checkpoint,
-    Source,
     copy_file,
     find_source,
     new_folder,
@@ -183,7 +182,8 @@ def _match_keys(checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig
             raise UserError(f"{name / info.file} holds {key}, which a {origin.model_type} model does not have.")
         if key in expected and info.shape != expected[key]:
             raise UserError(
-                f"{name / info.file} holds {key} of shape {list(info.shape)}; its config asks for {list(expected[key])}."
+                f"{name / info.file} holds {key} of shape {list(info.shape)}; "
+                f"its config asks for {list(expected[key])}."
             )
         if key in expected and info.dtype not in FLOATS:
             raise UserError(f"{name / info.file} holds {key} as {info.dtype}; {', '.join(FLOATS)} can be converted.")

@@ -3,7 +3,7 @@
 
 
 class UserError(Exception):
-    """The input or the environment is at fault: one sentence that names the file or key and the remedy (exit code 2)."""
+    """The input or the environment is at fault: one sentence names the file or key and the remedy (exit code 2)."""
 
 
 class VerificationError(Exception):

@@ -7,6 +7,7 @@ family fixes without saying so, and which of its classes becomes which of ours.
 from dataclasses import dataclass, field
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 import modeling_gated
@@ -119,7 +120,7 @@ def gated_config(origin: Origin, *, where: str, **gate_settings) -> GatedLlamaCo
         fields["classifier_dropout"] = dropout
     try:
         return GatedLlamaConfig(**fields, **family.fixed, **gate_settings, architectures=[origin.gated_class.__name__])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{where} and the settings asked for make no gated model: {_reason(error)}") from error
 
 

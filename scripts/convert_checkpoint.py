@@ -55,9 +55,7 @@ def run(args: argparse.Namespace) -> None:
         share = result.gate_parameters / result.source_parameters
         print(f"{result.source} ({result.source_model_type}) -> {result.output}")
         print(f"  gates     {result.gate_type}, {result.gate_parameters:,} parameters (+{share:.2%})")
-        print(
-            f"  carried   {result.carried_bytes / 1e6:,.1f} MB of weights; {', '.join(result.carried) or 'no files'}"
-        )
+        print(f"  carried   {result.carried_bytes / 1e6:,.1f} MB of weights; {', '.join(result.carried) or 'no files'}")
         if result.left_behind:
             print(f"  left      {', '.join(result.left_behind)}")
         print(f"  verified  {result.verification or 'no'}")

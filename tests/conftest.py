@@ -1,0 +1,45 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Every test runs with no Hub in reach; fresh processes are made in one place."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+from transformers.utils import logging
+
+
+logging.disable_progress_bar()
+
+# In a fresh process: our modules look as if they were not installed, whatever the environment has.
+NOT_INSTALLED = """
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("configuration_gated", "modeling_gated", "gated_llama"):
+            raise ModuleNotFoundError(f"No module named {name!r} (hidden by the test)", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+"""
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Run code in a fresh process in a folder of its own, with its own cache for remote code."""
+
+    def run(code: str, *, installed: bool = True, environment: dict = os.environ) -> subprocess.CompletedProcess:
+        folder = tmp_path / "elsewhere"
+        folder.mkdir(exist_ok=True)
+        script = ("" if installed else NOT_INSTALLED) + textwrap.dedent(code)
+        environment = {**environment, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONWARNINGS": "ignore"}
+        return subprocess.run(
+            [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    return run

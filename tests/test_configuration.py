@@ -1,0 +1,100 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""GatedLlamaConfig: what it refuses, derives and keeps."""
+
+import json
+import math
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from tiny import gated_config
+
+from configuration_gated import AUTO_MAP, GatedLlamaConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"gate_type": "rowwise"}, "gate_type"),
+        ({"gate_scale": "2"}, "gate_scale"),
+        ({"gate_scale": 0.0}, "positive"),
+        ({"gate_scale": -2.0}, "positive"),
+        ({"gate_scale": math.nan}, "positive"),
+        ({"gate_scale": math.inf, "gate_bias": True}, "positive"),
+        ({"gate_bias": 1}, "gate_bias"),
+        ({"gate_init": "ones"}, "gate_init"),
+        ({"gate_scale": 1.0}, "no gate reaches 1"),
+        ({"gate_scale": 1.0, "gate_bias": True}, "no gate reaches 1"),
+        ({"gate_scale": 3.0}, "which is 1.5 here"),
+        ({"hidden_size": 37}, "give head_dim"),
+        ({"num_attention_heads": 0, "head_dim": 8}, "at least 1"),
+        ({"num_key_value_heads": 4}, "not a multiple of num_key_value_heads"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ({"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ({"layer_types": ["sliding_attention"] * 3}, "give sliding_window"),
+    ],
+)
+def test_refuses_what_no_model_can_have(fields, reason):
+    with pytest.raises((ValueError, StrictDataclassError), match=reason):
+        gated_config(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"gate_scale": 2},
+        {"gate_scale": 1.0, "gate_init": "normal"},
+        {"gate_scale": 3.0, "gate_bias": True},
+        {"hidden_size": 37, "head_dim": 8},
+    ],
+)
+def test_accepts_what_a_model_can_have(fields):
+    gated_config(**fields)
+
+
+@pytest.mark.parametrize("scale", [1.001, 1.5, 2.0, 3.0, 100.0])
+def test_open_gate_logit_makes_a_gate_of_one(scale):
+    logit = gated_config(gate_scale=scale, gate_bias=True).open_gate_logit
+    assert scale / (1 + math.exp(-logit)) == pytest.approx(1, rel=1e-12)
+
+
+def test_derived_fields():
+    config = gated_config(attention_bias=True)
+    assert (config.head_dim, config.attention_out_bias) == (6, True)
+    assert config.layer_types == ["full_attention"] * 3
+    assert gated_config(attention_bias=True, attention_out_bias=False).attention_out_bias is False
+    assert gated_config(sliding_window=5).layer_types == ["sliding_attention"] * 3
+
+
+def test_tensor_parallel_plan_names_the_norms_only_where_they_are():
+    plain, normed = gated_config(), gated_config(use_qk_norm=True)
+    for config in (plain, normed):
+        assert config.base_model_tp_plan["layers.*.self_attn.attn_gate.proj"] == "colwise"
+    assert not any("norm" in key for key in plain.base_model_tp_plan)
+    assert normed.base_model_tp_plan["layers.*.self_attn.q_norm"] == "replicated_with_grad_allreduce"
+    assert "base_model_tp_plan" not in normed.to_dict()
+
+
+def test_round_trip(tmp_path):
+    config = gated_config(
+        gate_type="elementwise", gate_scale=3.0, gate_bias=True, use_qk_norm=True, sliding_window=5, conversion={"a": 1}
+    )
+    config.save_pretrained(tmp_path)
+    assert GatedLlamaConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_auto_map_is_always_whole_and_local(tmp_path):
+    gated_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["auto_map"] == AUTO_MAP
+    saved["auto_map"] = {"AutoConfig": "org/name--configuration_gated.GatedLlamaConfig"}  # as read from the Hub
+    assert GatedLlamaConfig.from_dict(saved).auto_map == AUTO_MAP
+
+
+def test_reads_configs_in_the_style_of_transformers_4():
+    config = GatedLlamaConfig.from_dict(
+        {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "bfloat16"}
+    )
+    assert config.rope_parameters["rope_theta"] == 5e5
+    assert config.rope_parameters["rope_type"] == "linear"
+    assert str(config.dtype) == "torch.bfloat16"
