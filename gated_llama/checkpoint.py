@@ -243,10 +243,10 @@ def new_folder(output: str | os.PathLike, *, force: bool = False) -> Iterator[Pa
     output = Path(os.path.realpath(output))
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: give a folder to write.")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise UserError(f"{output} is not empty: give another folder, or --force to replace it.")
     output.parent.mkdir(parents=True, exist_ok=True)
     _clear_remains(output)
+    if output.is_dir() and any(output.iterdir()) and not force:
+        raise UserError(f"{output} is not empty: give another folder, or --force to replace it.")
 
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     old = output.with_name(f".{output.name}.old-{os.getpid()}")

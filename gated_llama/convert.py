@@ -164,8 +164,12 @@ def _refuse_nesting(source: Path, output: Path) -> None:
 
 def _match_keys(checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig) -> dict[str, tuple[int, ...]]:
     """The gates' keys and shapes, once every key of the source has proved to be one that the model has."""
-    with torch.device("meta"):
-        model = origin.gated_class(config)
+    try:
+        with torch.device("meta"):
+            model = origin.gated_class(config)
+    except Exception as error:  # whatever an unknown rope type or activation makes the model class do
+        where = checkpoint.folder / CONFIG_NAME
+        raise UserError(f"{where} describes no model that can be built: {type(error).__name__} {error}.") from error
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     prefix = model.base_model_prefix + "."
     if not any(key.startswith(prefix) for key in checkpoint.tensors):  # a bare base model under a head's name

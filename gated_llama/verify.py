@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama.errors import VerificationError
@@ -76,7 +76,9 @@ def verify_conversion(
         del source
         bar.update()
 
-        gated = gated_class.from_pretrained(gated_folder, config=config, local_files_only=True).eval()
+        gated = gated_class.from_pretrained(
+            gated_folder, config=config, generation_config=GenerationConfig(), local_files_only=True
+        ).eval()
         actual = _observe(gated)
         bar.update()
         _set_gates(gated, lambda parameter: parameter.zero_())

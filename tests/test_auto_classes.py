@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub import local_hub
-from tiny import gated_model, published, source_model, tiny_tokenizer
 
 import modeling_gated
 from configuration_gated import AUTO_MAP
+from hub import local_hub
 from modeling_gated import GatedLlamaForCausalLM
+from tiny import gated_model, published, source_model, tiny_tokenizer
 
 
 MODEL_AUTO_CLASSES = {auto.__name__: cls for auto, cls in modeling_gated.AUTO_CLASSES.items()}

@@ -6,9 +6,9 @@ import math
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from tiny import gated_config
 
 from configuration_gated import AUTO_MAP, GatedLlamaConfig
+from tiny import gated_config
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The model: equal to the bit to the real classes with open gates, right by an independent reference with any others."""
+"""The model: equal to the bit to the real classes with open gates, right by an independent reference with others."""
 
 import ast
 import inspect
@@ -8,7 +8,6 @@ import itertools
 import pytest
 import torch
 import transformers
-from tiny import VARIANTS, gated_config, gated_model, left_padding, published, source_model, tiny_tokenizer, token_ids
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -18,6 +17,7 @@ from configuration_gated import AUTO_MAP
 from gated_llama.families import gated_config as config_of
 from gated_llama.families import recognise
 from modeling_gated import AttentionGate, GatedLlamaForCausalLM, GatedLlamaModel
+from tiny import VARIANTS, gated_config, gated_model, left_padding, published, source_model, tiny_tokenizer, token_ids
 
 
 GATE_TYPES = ("headwise", "elementwise")

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from configuration_gated import GatedLlamaConfig
 
@@ -165,11 +165,6 @@ def as_published(config: dict) -> dict:
     config["transformers_version"] = "4.45.0"
     config.pop("layer_types", None)
     return config
-
-
-def defaults_of(config: PreTrainedConfig) -> dict:
-    """The fields that a class gives by itself, for files that leave them out."""
-    return type(config)().to_dict()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

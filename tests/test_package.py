@@ -1,0 +1,104 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The shape of the project: one arrow of imports, nothing stray in the wheel, a licence line everywhere."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import gated_llama
+
+
+ROOT = Path(__file__).parent.parent
+# scripts → gated_llama → modeling_gated → configuration_gated: what each layer may import of the project.
+MAY_IMPORT = {
+    "configuration_gated.py": set(),
+    "modeling_gated.py": {"configuration_gated"},
+    "gated_llama": {"configuration_gated", "modeling_gated", "gated_llama"},
+    "scripts": {"configuration_gated", "modeling_gated", "gated_llama"},
+}
+OWN = {"configuration_gated", "modeling_gated", "gated_llama", "scripts", "benchmarks", "tests", "tiny"}
+
+
+def sources(layer: str) -> list[Path]:
+    return [ROOT / layer] if layer.endswith(".py") else sorted((ROOT / layer).rglob("*.py"))
+
+
+def imported(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return names
+
+
+def violations(layer: str, code: str) -> set[str]:
+    own = {name for name in imported(ast.parse(code)) if name.split(".")[0] in OWN}
+    wrong = {name for name in own if name.split(".")[0] not in MAY_IMPORT[layer]}
+    if layer == "gated_llama":
+        wrong |= {name for name in own if name.startswith("gated_llama.scripts")}
+    return wrong
+
+
+@pytest.mark.parametrize("layer", MAY_IMPORT)
+def test_imports_follow_the_arrow(layer):
+    assert sources(layer)
+    for path in sources(layer):
+        assert not violations(layer, path.read_text()), path
+
+
+def test_control_an_import_against_the_arrow_is_seen():
+    assert violations("gated_llama", "from gated_llama.scripts.cli import main")
+    assert violations("modeling_gated.py", "def f():\n    import gated_llama")
+
+
+def test_the_top_files_import_what_they_may():
+    configuration = imported(ast.parse((ROOT / "configuration_gated.py").read_text()))
+    assert not any(name.split(".")[0] == "torch" for name in configuration)
+    modeling = {name.split(".")[0] for name in imported(ast.parse((ROOT / "modeling_gated.py").read_text()))}
+    assert modeling - set(sys.stdlib_module_names) == {"torch", "transformers", "configuration_gated"}
+
+
+def test_scripts_are_not_named_like_the_standard_library():
+    assert not {path.stem for path in sources("scripts")} & set(sys.stdlib_module_names) - {"__init__"}
+
+
+def test_every_source_file_names_the_licence():
+    for path in ROOT.rglob("*.py"):
+        if ".venv" in path.as_posix() or "build" in path.parts or not path.read_text().strip():
+            continue
+        assert path.read_text().startswith("# Copyright 2026 "), path
+
+
+def test_public_names_are_lazy_and_all_there():
+    assert "convert_checkpoint" in dir(gated_llama)
+    for name in gated_llama.__all__:
+        assert getattr(gated_llama, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'bogus'"):
+        gated_llama.bogus  # noqa: B018
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path):
+    copy = tmp_path / "copy"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not tracked:
+        pytest.fail("not a git checkout: the files that belong to the project are unknown")
+    for name in tracked:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy],
+        check=True,
+    )
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        entry_points = next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith("entry_points.txt"))
+    assert {name.split("/")[0] for name in names} == {"configuration_gated.py", "modeling_gated.py", "gated_llama"}
+    scripts = {f"gated_llama/scripts/{path.name}" for path in sources("scripts")}
+    assert scripts <= names
+    assert "gated-llama = gated_llama.scripts.cli:main" in entry_points
