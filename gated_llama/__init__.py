@@ -13,9 +13,17 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ConversionResult": "convert",
+    "GateReport": "diagnose",
+    "GateStatistics": "diagnose",
     "UserError": "errors",
     "VerificationError": "errors",
     "convert_checkpoint": "convert",
+    "gate_parameter_groups": "finetune",
+    "gate_statistics": "diagnose",
+    "held_out_loss": "finetune",
+    "token_blocks": "finetune",
+    "train": "finetune",
+    "train_only_gates": "finetune",
 }
 
 __all__ = sorted(_HOME)

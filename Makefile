@@ -1,0 +1,41 @@
+# `make demo` and `make test` are all a fresh machine needs; each sets up its own virtual environment.
+PYTHON ?= python3
+# Tests run one process per core, so each takes one thread.
+PYTEST = env OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKERS ?= 2
+MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py
+
+.PHONY: demo test test-newest test-oldest style bench check-real-shapes check-parallel
+
+demo: .venv/installed
+	.venv/bin/python scripts/run_demo.py
+
+test: test-newest test-oldest
+
+test-newest: .venv/installed
+	$(PYTEST) .venv/bin/python -m pytest -n $(WORKERS) tests
+
+# The model, the Auto classes and remote code on the oldest Transformers that is supported.
+test-oldest: .venv-oldest/installed
+	$(PYTEST) .venv-oldest/bin/python -m pytest -n $(WORKERS) $(MODEL_TESTS)
+
+style: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# Slow, or in need of more than a bare machine: run by hand, with the outcome in LOG.md.
+check-real-shapes: .venv/installed
+	.venv/bin/python -m pytest -s tests/check_real_shapes.py
+
+check-parallel: .venv/installed
+	.venv/bin/python -m pytest -s tests/check_parallel.py
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv-oldest/installed: setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet -c constraints.txt -c constraints-oldest.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,143 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The main job from end to end, on a small model trained here.
+
+A small Llama learns from text that every machine has (the Python standard library), is converted and verified, its
+gates are fine-tuned, and what they do is shown.
+"""
+
+import argparse
+import random
+import shutil
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+
+PROMPT = "def __init__(self"
+BLOCK = 128  # tokens the model sees at once
+BATCH = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write (default: demo)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of the base model (default: 300)")
+    parser.add_argument("--gate-steps", type=int, default=250, help="training steps of the gates (default: 250)")
+
+
+def run(args: argparse.Namespace) -> None:
+    started = time.monotonic()
+    print("Loading PyTorch and Transformers …", file=sys.stderr)
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+
+    import modeling_gated  # noqa: F401  (registers the Auto classes)
+    from gated_llama import convert_checkpoint
+    from gated_llama.diagnose import gate_statistics
+    from gated_llama.finetune import held_out_loss, token_blocks, train, train_only_gates
+
+    if args.output.exists():
+        shutil.rmtree(args.output)
+    base, gated, tuned = (args.output / name for name in ("base", "gated", "gated-tuned"))
+
+    heading(1, "A small Llama learns from the Python standard library")
+    texts = standard_library()
+    tokenizer = train_tokenizer(texts)
+    blocks = token_blocks(tokenizer, texts, BLOCK)
+    held_out, blocks = blocks[:24], blocks[24:]
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2 * BLOCK,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    print(
+        f"{model.num_parameters():,} parameters, {blocks.numel():,} tokens of text; "
+        f"{args.steps} steps of {BATCH * BLOCK}"
+    )
+    train(model, blocks, base, steps=args.steps, batch_size=BATCH, lr=6e-3, weight_decay=0.1)
+    tokenizer.save_pretrained(base)
+
+    heading(2, "Conversion: gates are added, nothing changes")
+    result = convert_checkpoint(base, gated)
+    print(f"{result.gate_parameters:,} gate parameters beside {result.source_parameters:,}; {result.verification}")
+
+    heading(3, "The gates are fine-tuned, everything else stays")
+    model = AutoModelForCausalLM.from_pretrained(gated)
+    before = sample(model, tokenizer)
+    loss_before = held_out_loss(model, held_out)
+    print(f"training {train_only_gates(model):,} of {model.num_parameters():,} parameters")
+    train(model, blocks, tuned, steps=args.gate_steps, batch_size=BATCH, gate_lr=2e-2)
+    tokenizer.save_pretrained(tuned)
+    loss_after = held_out_loss(model, held_out)
+
+    heading(4, "What the gates do now (1 is open, 0 shut, 2 the most)")
+    report = gate_statistics(model, tokenizer, held_out)
+    print_table([(f"layer {number}", row) for number, row in enumerate(report.layers)])
+    print_table([(kind, row) for kind, row in report.kinds.items() if row.tokens])
+    print(f"held-out loss: base and converted {loss_before:.4f}, gates tuned {loss_after:.4f} nats a token")
+
+    heading(5, f"Generation from {PROMPT!r}, before and after")
+    for name, text in (("before", before), ("after", sample(model, tokenizer))):
+        print(f"--- {name}\n{text}")
+
+    heading(6, f"Done in {time.monotonic() - started:.0f} s. The folders, and what to do next")
+    print(f"base        {base}\nconverted   {gated}\ngates tuned {tuned}\n")
+    print(f"gated-llama convert {base} {args.output / 'elementwise'} --gate-type elementwise")
+    print("gated-llama convert YOUR-LLAMA-OR-QWEN-FOLDER-OR-HUB-ID ./gated")
+    del torch
+
+
+def heading(number: int, text: str) -> None:
+    print(f"\n[{number}/6] {text}", flush=True)
+
+
+def standard_library(files: int = 200) -> list[str]:
+    """Sources and docs of the Python standard library, the same choice every time."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(
+        path for path in folder.glob("**/*.py") if "site-packages" not in path.parts and "test" not in str(path)
+    )
+    random.Random(0).shuffle(paths)
+    return [path.read_text(encoding="utf-8", errors="replace") for path in paths[:files]]
+
+
+def train_tokenizer(texts: list[str]):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=1024, special_tokens=list(special.values()), show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **special)
+
+
+def sample(model, tokenizer) -> str:
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**inputs, max_new_tokens=60, do_sample=False, repetition_penalty=1.2)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def print_table(rows) -> None:
+    print(f"{'':14}{'tokens':>8}{'mean':>8}{'|g - 1|':>9}{'< 0.1':>8}{'> 1.5':>8}")
+    for name, row in rows:
+        print(
+            f"{name:14}{row.tokens:8,}{row.mean:8.3f}{row.moved:9.3f}{row.nearly_shut:8.1%}{row.amplifying:8.1%}"
+            f"  {'█' * round(10 * row.mean)}"
+        )
+    print()
+
+
+if __name__ == "__main__":
+    from gated_llama.scripts.cli import run_alone
+
+    sys.exit(run_alone(sys.modules[__name__]))

@@ -1,0 +1,51 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What the README tells people to run is run, on small stand-ins under the names it uses; so is the demo."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from gated_llama.scripts.cli import main
+from tiny import published, source_model
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_convert_load_finetune_look(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    published(tmp_path / "Llama-3.2-1B", source_model("llama-3.2"), tokenizer=True)
+    (tmp_path / "train.txt").write_text("the grumpy cat sat on the mat, which was red\n" * 200)
+    commands = [line for line in README.splitlines() if line.startswith("gated-llama convert ./")]
+    assert len(commands) == 1
+    assert main(commands[0].split()[1:]) == 0
+    snippets = re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert [name for name, _ in snippets] == ["load", "finetune", "look"]
+    namespace = {}
+    for name, code in snippets:
+        exec(compile(code, f"README.md ({name})", "exec"), namespace)
+    assert (tmp_path / "tuned" / "model.safetensors").exists()
+    assert "GateStatistics(" in capsys.readouterr().out
+
+
+def test_readme_names_what_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
+    for path in re.findall(r"\]\((\w[\w/.]*)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_demo_runs_to_its_end(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "run_demo.py", "--steps", "2", "--gate-steps", "2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for part in ("equal to the bit", "layer 3", "punctuation", "--- before", "--- after", "[6/6] Done"):
+        assert part in done.stdout
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"base", "gated", "gated-tuned"}
+    assert "loss=" in done.stderr
