@@ -13,11 +13,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ConversionResult": "convert",
+    "ExportResult": "export",
     "GateReport": "diagnose",
     "GateStatistics": "diagnose",
     "UserError": "errors",
     "VerificationError": "errors",
     "convert_checkpoint": "convert",
+    "export_checkpoint": "export",
     "gate_parameter_groups": "finetune",
     "gate_statistics": "diagnose",
     "held_out_loss": "finetune",

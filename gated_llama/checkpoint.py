@@ -3,6 +3,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from gated_llama.errors import UserError
 
@@ -166,7 +168,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_json(folder / CONFIG_NAME)
     if (folder / WEIGHTS_NAME).exists():  # Transformers, too, then ignores an index beside it
-        return Checkpoint(folder, config, _read_header(folder, WEIGHTS_NAME))
+        return Checkpoint(folder, config, read_header(folder, WEIGHTS_NAME))
     if (folder / INDEX_NAME).exists():
         return Checkpoint(folder, config, _read_indexed(folder))
     if pickled := [name for name in _names(folder) if any(fnmatch(name, pattern) for pattern in PICKLED)]:
@@ -186,7 +188,7 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
     for shard in sorted(set(weight_map.values())):
         if shard != os.path.basename(shard) or shard in ("", ".", ".."):
             raise UserError(f"{index} names the shard {shard!r}, which is not a file of this folder.")
-        header = _read_header(folder, shard)
+        header = read_header(folder, shard)
         if doubled := sorted(tensors.keys() & header.keys()):
             raise UserError(f"{doubled[0]} is in two shards, {tensors[doubled[0]].file} and {shard}, of {folder}.")
         tensors.update(header)
@@ -196,7 +198,11 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
+def read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
+    """
+    Raises:
+        UserError: the file is missing, cut off, or no safetensors file.
+    """
     path = folder / name
     try:
         with safe_open(path, framework="numpy") as file:
@@ -231,6 +237,35 @@ def copy_file(source: Path, target: Path, on_bytes: Callable[[int], None] = lamb
             on_bytes(count)
 
 
+def carry_shards(checkpoint: Checkpoint, folder: Path, new_names: dict[str, str], *, progress: bool) -> None:
+    """Copy the shards that `new_names` renames (old name to new) to `folder`, with a bar in bytes on stderr."""
+    total = sum((checkpoint.folder / shard).stat().st_size for shard in new_names)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        for shard, new_name in new_names.items():
+            bar.set_description(shard)
+            copy_file(checkpoint.folder / shard, folder / new_name, bar.update)
+
+
+def write_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Write the index that joins the shards of `folder`."""
+    total = sum(int(re.sub(r"\D", "", info.dtype)) // 8 * math.prod(info.shape) for info in tensors.values())
+    weight_map = {key: tensors[key].file for key in sorted(tensors)}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_nesting(source: Path, output: Path) -> None:
+    """
+    Raises:
+        UserError: one is the other, or lies inside it.
+    """
+    source, output = Path(os.path.realpath(source)), Path(os.path.realpath(output))
+    if source == output:
+        raise UserError(f"{output} is the source itself: give another folder for the output.")
+    if source in output.parents or output in source.parents:
+        raise UserError(f"{output} and the source {source} lie inside each other: give an output elsewhere.")
+
+
 @contextmanager
 def new_folder(output: str | os.PathLike, *, force: bool = False) -> Iterator[Path]:
     """
@@ -238,13 +273,17 @@ def new_folder(output: str | os.PathLike, *, force: bool = False) -> Iterator[Pa
     With `force` an old output makes way for it in the last moment, and comes back if that fails.
 
     Raises:
-        UserError: `output` is a file, or a folder that is not empty and `force` was not given.
+        UserError: `output` is a file, or a folder that is not empty and `force` was not given, or in the block a file
+            could not be read or written.
     """
     output = Path(os.path.realpath(output))
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: give a folder to write.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _clear_remains(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _clear_remains(output)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; nothing was written.") from error
     if output.is_dir() and any(output.iterdir()) and not force:
         raise UserError(f"{output} is not empty: give another folder, or --force to replace it.")
 
@@ -261,8 +300,11 @@ def new_folder(output: str | os.PathLike, *, force: bool = False) -> Iterator[Pa
             if old.exists():
                 old.rename(output)
             raise
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{getattr(error, 'filename', None) or output}: {reason}; nothing was written.") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -8,13 +8,12 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import configuration_gated
 import modeling_gated
@@ -24,13 +23,16 @@ from gated_llama.card import conversion_card
 from gated_llama.checkpoint import (
     CONFIG_NAME,
     GATES_NAME,
-    INDEX_NAME,
     WEIGHTS_NAME,
     Checkpoint,
+    carry_shards,
     copy_file,
     find_source,
     new_folder,
     read_checkpoint,
+    read_header,
+    refuse_nesting,
+    write_index,
 )
 from gated_llama.errors import UserError
 from gated_llama.families import Origin, gated_config, recognise
@@ -97,7 +99,7 @@ def convert_checkpoint(
         VerificationError: the result does not compute what the source does; nothing was written.
     """
     found = find_source(source, revision)
-    _refuse_nesting(found.folder, Path(output))
+    refuse_nesting(found.folder, Path(output))
     checkpoint = read_checkpoint(found.folder)
     where = str(checkpoint.folder / CONFIG_NAME)
     origin = recognise(checkpoint.config, where)
@@ -118,48 +120,37 @@ def convert_checkpoint(
     gate_keys = _match_keys(checkpoint, origin, config)
     should_verify = _fits_in_memory(checkpoint) if verify is None else verify
 
-    try:
-        with new_folder(output, force=force) as folder:
-            gates = _make_gates(gate_keys, config, _gate_dtype(checkpoint))
-            _write_weights(checkpoint, gates, folder, progress)
-            for name in checkpoint.carried:
-                copy_file(checkpoint.folder / name, folder / name)
-            for module in (configuration_gated, modeling_gated):
-                copy_file(Path(module.__file__), folder / Path(module.__file__).name)
-            verification = None
-            if should_verify:
-                verification = verify_conversion(
-                    found.folder, origin.model_class, folder, origin.gated_class, config, progress=progress
-                )
-            result = ConversionResult(
-                output=str(output),
-                source=found.name,
-                revision=found.revision,
-                source_model_type=origin.model_type,
-                **settings,
-                gate_parameters=sum(gate.numel() for gate in gates.values()),
-                source_parameters=sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
-                carried_bytes=checkpoint.size(),
-                carried=checkpoint.carried,
-                left_behind=checkpoint.left_behind,
-                verification=verification,
+    with new_folder(output, force=force) as folder:
+        gates = _make_gates(gate_keys, config, _gate_dtype(checkpoint))
+        _write_weights(checkpoint, gates, folder, progress)
+        for name in checkpoint.carried:
+            copy_file(checkpoint.folder / name, folder / name)
+        for module in (configuration_gated, modeling_gated):
+            copy_file(Path(module.__file__), folder / Path(module.__file__).name)
+        verification = None
+        if should_verify:
+            verification = verify_conversion(
+                found.folder, origin.model_class, origin.config, folder, origin.gated_class, config, progress=progress
             )
-            card = conversion_card(result, found, checkpoint.folder, origin.gated_class.__name__)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            config.conversion = {**record, "verification": verification and asdict(verification)}
-            # Last of all: without it nothing takes the folder for a checkpoint, whatever happened before.
-            (folder / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{error.filename or output} cannot be written: {error.strerror or error}.") from error
+        result = ConversionResult(
+            output=str(output),
+            source=found.name,
+            revision=found.revision,
+            source_model_type=origin.model_type,
+            **settings,
+            gate_parameters=sum(gate.numel() for gate in gates.values()),
+            source_parameters=sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
+            carried_bytes=checkpoint.size(),
+            carried=checkpoint.carried,
+            left_behind=checkpoint.left_behind,
+            verification=verification,
+        )
+        card = conversion_card(result, found, checkpoint.folder, origin.gated_class.__name__)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        config.conversion = {**record, "verification": verification and asdict(verification)}
+        # Last of all: without it nothing takes the folder for a checkpoint, whatever happened before.
+        (folder / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
     return result
-
-
-def _refuse_nesting(source: Path, output: Path) -> None:
-    source, output = Path(os.path.realpath(source)), Path(os.path.realpath(output))
-    if source == output:
-        raise UserError(f"{output} is the source itself: give another folder for the output.")
-    if source in output.parents or output in source.parents:
-        raise UserError(f"{output} and the source {source} lie inside each other: give an output elsewhere.")
 
 
 def _match_keys(checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -213,26 +204,11 @@ def _make_gates(
 
 
 def _write_weights(checkpoint: Checkpoint, gates: dict[str, torch.Tensor], folder: Path, progress: bool) -> None:
-    with tqdm(total=checkpoint.size(), unit="B", unit_scale=True, disable=not progress) as bar:
-        for shard in checkpoint.shards:
-            bar.set_description(shard)
-            copy_file(checkpoint.folder / shard, folder / _new_name(shard), bar.update)
+    new_names = {shard: SINGLE_SHARD if shard == WEIGHTS_NAME else shard for shard in checkpoint.shards}
+    carry_shards(checkpoint, folder, new_names, progress=progress)
     save_file(gates, folder / GATES_NAME, metadata={"format": "pt"})
-
-    weight_map = {key: _new_name(info.file) for key, info in checkpoint.tensors.items()}
-    weight_map |= dict.fromkeys(gates, GATES_NAME)
-    gate_bytes = sum(gate.numel() * gate.element_size() for gate in gates.values())
-    tensor_bytes = sum(_num_bytes(info.dtype) * math.prod(info.shape) for info in checkpoint.tensors.values())
-    index = {"metadata": {"total_size": tensor_bytes + gate_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _new_name(shard: str) -> str:
-    return SINGLE_SHARD if shard == WEIGHTS_NAME else shard
-
-
-def _num_bytes(dtype: str) -> int:
-    return int(re.sub(r"\D", "", dtype)) // 8  # F32, BF16, I64 …
+    tensors = {key: replace(info, file=new_names[info.file]) for key, info in checkpoint.tensors.items()}
+    write_index(folder, tensors | read_header(folder, GATES_NAME))
 
 
 def _fits_in_memory(checkpoint: Checkpoint) -> bool:

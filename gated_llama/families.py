@@ -15,7 +15,7 @@ from configuration_gated import GatedLlamaConfig
 from gated_llama.errors import UserError
 
 
-# Mean the same in every family. (`head_dim` too, but Qwen2 does not declare it.)
+# Mean the same in every family.
 COMMON_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -39,6 +39,10 @@ COMMON_FIELDS = (
     "label2id",
     "problem_type",
 )
+
+
+# Not declared by the config classes, but read by their code where it is set.
+UNDECLARED_FIELDS = ("head_dim", "classifier_dropout")
 
 
 @dataclass(frozen=True)
@@ -114,14 +118,40 @@ def gated_config(origin: Origin, *, where: str, **gate_settings) -> GatedLlamaCo
     """
     family, source = FAMILIES[origin.model_type], origin.config
     fields = {name: getattr(source, name) for name in (*COMMON_FIELDS, *family.own_fields)}
-    fields["head_dim"] = getattr(source, "head_dim", None)
+    fields |= _undeclared(source)
     fields["rope_parameters"] = {key: value for key, value in source.rope_parameters.items() if key != "type"}
-    if (dropout := getattr(source, "classifier_dropout", None)) is not None:
-        fields["classifier_dropout"] = dropout
     try:
         return GatedLlamaConfig(**fields, **family.fixed, **gate_settings, architectures=[origin.gated_class.__name__])
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{where} and the settings asked for make no gated model: {_reason(error)}") from error
+
+
+def read_gated_config(raw_config: dict, where: str) -> GatedLlamaConfig:
+    """
+    Raises:
+        UserError: `where` is not the config.json of a gated checkpoint.
+    """
+    model_type, architectures = raw_config.get("model_type"), raw_config.get("architectures")
+    if model_type != "gated_llama" or architectures not in [[f"GatedLlama{head}"] for head in HEADS]:
+        raise UserError(f"{where} has model_type {model_type!r} and architectures {architectures}: no gated model.")
+    try:
+        return GatedLlamaConfig.from_dict(raw_config)
+    except Exception as error:  # whatever a malformed value makes the config class do
+        raise UserError(f"{where} is not a valid gated_llama config: {_reason(error)}") from error
+
+
+def base_config(model_type: str, config: GatedLlamaConfig, architecture: str) -> PreTrainedConfig:
+    """The config of the family `model_type` that says what `config` says, but for the gates."""
+    family = FAMILIES[model_type]
+    fields = {name: getattr(config, name) for name in (*COMMON_FIELDS, *family.own_fields)}
+    fields |= _undeclared(config)
+    if "layer_types" in family.own_fields:  # Qwen forgets a window that it is not told to use
+        fields["use_sliding_window"] = config.sliding_window is not None
+    return getattr(transformers, f"{family.prefix}Config")(**fields, architectures=[architecture])
+
+
+def _undeclared(config: PreTrainedConfig) -> dict:
+    return {name: getattr(config, name) for name in UNDECLARED_FIELDS if getattr(config, name, None) is not None}
 
 
 def _reason(error: Exception) -> str:

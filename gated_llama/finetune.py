@@ -1,6 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Train a gated model with Transformers' Trainer: the gates alone, or all of it with the gates at their own rate."""
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -60,6 +61,33 @@ def gate_parameter_groups(
         {"params": [p for p in rest.values() if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def read_texts(paths: Iterable[str | Path]) -> list[str]:
+    """
+    The documents in text files: of a `.jsonl` file the `text` of every line, of any other its whole content.
+
+    Raises:
+        UserError: a file cannot be read, or a line has no text.
+    """
+    texts = []
+    for path in map(Path, paths):
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read as text: {error}.") from None
+        if path.suffix != ".jsonl":
+            texts.append(content)
+            continue
+        for number, line in enumerate(content.splitlines(), 1):
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, TypeError, KeyError):
+                text = None
+            if not isinstance(text, str):
+                raise UserError(f'{path}, line {number}: not a JSON object with a "text", such as {{"text": "…"}}.')
+            texts.append(text)
+    return texts
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int) -> torch.Tensor:

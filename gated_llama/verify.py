@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama.errors import VerificationError
@@ -56,6 +56,7 @@ class Verification:
 def verify_conversion(
     source_folder: Path,
     source_class: type[PreTrainedModel],
+    source_config: PreTrainedConfig,
     gated_folder: Path,
     gated_class: type[PreTrainedModel],
     config: GatedLlamaConfig,
@@ -63,22 +64,21 @@ def verify_conversion(
     progress: bool = True,
 ) -> Verification:
     """
-    Compare the checkpoint in `gated_folder`, which need not have a config.json yet, with its source.
+    Compare the gated checkpoint in `gated_folder` with the one it came from (or became: the order is the caller's).
+    The folder that is being written need not have a config.json yet.
 
     Raises:
         VerificationError: they do not compute the same, or the negative control shows no difference.
     """
     with tqdm(total=3, desc="verifying", unit="run", disable=not progress) as bar:
-        source = source_class.from_pretrained(source_folder, local_files_only=True).eval()
+        source = _load(source_class, source_folder, source_config)
         expected = _observe(source)
         dtype = str(source.dtype).removeprefix("torch.")
         eps = torch.finfo(source.dtype).eps
         del source
         bar.update()
 
-        gated = gated_class.from_pretrained(
-            gated_folder, config=config, generation_config=GenerationConfig(), local_files_only=True
-        ).eval()
+        gated = _load(gated_class, gated_folder, config)
         actual = _observe(gated)
         bar.update()
         _set_gates(gated, lambda parameter: parameter.zero_())
@@ -110,6 +110,13 @@ def verify_conversion(
     if not result.control_difference > 0:
         raise VerificationError("moving the gates off open changed no output, so equal outputs prove nothing.")
     return result
+
+
+def _load(model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    # The generation config is not compared, and looking for it needs a config.json.
+    return model_class.from_pretrained(
+        folder, config=config, generation_config=GenerationConfig(), local_files_only=True
+    ).eval()
 
 
 @torch.no_grad()

@@ -10,6 +10,11 @@ from gated_llama import __version__
 
 COMMANDS = {
     "convert": "convert_checkpoint",
+    "export": "export_checkpoint",
+    "finetune": "finetune_model",
+    "inspect": "inspect_model",
+    "push": "push_to_hub",
+    "serve": "serve_model",
 }
 
 

@@ -28,13 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     print("Loading PyTorch and Transformers …", file=sys.stderr)
-    import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
     import modeling_gated  # noqa: F401  (registers the Auto classes)
     from gated_llama import convert_checkpoint
     from gated_llama.diagnose import gate_statistics
     from gated_llama.finetune import held_out_loss, token_blocks, train, train_only_gates
+    from gated_llama.scripts.inspect_model import print_gates
 
     if args.output.exists():
         shutil.rmtree(args.output)
@@ -82,8 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
     heading(4, "What the gates do now (1 is open, 0 shut, 2 the most)")
     report = gate_statistics(model, tokenizer, held_out)
-    print_table([(f"layer {number}", row) for number, row in enumerate(report.layers)])
-    print_table([(kind, row) for kind, row in report.kinds.items() if row.tokens])
+    print_gates(report)
     print(f"held-out loss: base and converted {loss_before:.4f}, gates tuned {loss_after:.4f} nats a token")
 
     heading(5, f"Generation from {PROMPT!r}, before and after")
@@ -92,9 +91,9 @@ def run(args: argparse.Namespace) -> None:
 
     heading(6, f"Done in {time.monotonic() - started:.0f} s. The folders, and what to do next")
     print(f"base        {base}\nconverted   {gated}\ngates tuned {tuned}\n")
+    print(f"gated-llama inspect {tuned} --text README.md")
     print(f"gated-llama convert {base} {args.output / 'elementwise'} --gate-type elementwise")
     print("gated-llama convert YOUR-LLAMA-OR-QWEN-FOLDER-OR-HUB-ID ./gated")
-    del torch
 
 
 def heading(number: int, text: str) -> None:
@@ -125,16 +124,6 @@ def sample(model, tokenizer) -> str:
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     ids = model.generate(**inputs, max_new_tokens=60, do_sample=False, repetition_penalty=1.2)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
-
-
-def print_table(rows) -> None:
-    print(f"{'':14}{'tokens':>8}{'mean':>8}{'|g - 1|':>9}{'< 0.1':>8}{'> 1.5':>8}")
-    for name, row in rows:
-        print(
-            f"{name:14}{row.tokens:8,}{row.mean:8.3f}{row.moved:9.3f}{row.nearly_shut:8.1%}{row.amplifying:8.1%}"
-            f"  {'█' * round(10 * row.mean)}"
-        )
-    print()
 
 
 if __name__ == "__main__":

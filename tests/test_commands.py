@@ -3,24 +3,31 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import modeling_gated  # noqa: F401  (registers the Auto classes)
+from gated_llama import convert_checkpoint
 from gated_llama.scripts.cli import COMMANDS
+from hub import local_hub
 from tiny import published, source_model
 
 
 ROOT = Path(__file__).parent.parent
 
 
-def command(*arguments, cwd=None):
+def command(*arguments, environment=os.environ):
     return subprocess.run(
         [sys.executable, "-m", "gated_llama.scripts.cli", *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        env={**environment, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
     )
@@ -105,5 +112,87 @@ def test_an_output_that_cannot_be_written_gets_one_sentence(tmp_path, folder):
     python = f"{sys.executable} -m gated_llama.scripts.cli convert {source} {output} --quiet"
     done = subprocess.run(["bash", "-c", limit + python], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert "; nothing was written." in done.stderr and "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.fixture
+def gated(tmp_path):
+    source = published(tmp_path / "source", source_model("llama"), tokenizer=True)
+    convert_checkpoint(source, tmp_path / "gated", progress=False)
+    (tmp_path / "text.txt").write_text("the grumpy cat sat on the mat, which was red\n" * 60)
+    return tmp_path / "gated"
+
+
+def test_finetune_and_inspect(gated, tmp_path):
+    text = tmp_path / "text.txt"
+    done = command("finetune", gated, "--data", text, "--out", tmp_path / "tuned", "--steps", 2, "--length", 16)
+    assert done.returncode == 0, done.stderr
+    assert "training 648 of " in done.stdout
+    done = command("inspect", tmp_path / "tuned", "--text", text, "--length", 16, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert len(report["layers"]) == 3 and all(layer["moved"] > 0 for layer in report["layers"])
+    assert report["loss"] > 0
+    for arguments, message in (
+        (("finetune", gated, "--data", text, "--out", tmp_path / "tuned", "--length", 16), "not empty"),
+        (("inspect", tmp_path / "none", "--text", text), "cannot be loaded"),
+        (("inspect", gated, "--text", tmp_path / "none.txt"), "none.txt cannot be read"),
+        (
+            ("finetune", tmp_path / "source", "--data", text, "--out", tmp_path / "x", "--length", 16),
+            "no gates to train",
+        ),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_push(gated, tmp_path):
+    (gated / "optimizer.pt").write_bytes(b"x")
+    (gated / ".env").write_text("SECRET=1")
+    with local_hub(tmp_path / "hub") as environment:
+        dry = command("push", gated, "org/name", "--dry-run", environment=environment)
+        assert dry.returncode == 0, dry.stderr
+        assert "model-gates.safetensors" in dry.stdout and not (tmp_path / "hub").exists()
+        done = command("push", gated, "org/name", environment=environment)
+        assert done.returncode == 0, done.stderr
+        sent = {path.name for path in (tmp_path / "hub" / "org" / "name").iterdir()}
+        assert {path.name for path in gated.iterdir()} - sent == {"optimizer.pt", ".env"}
+        (gated / "modeling_gated.py").unlink()
+        done = command("push", gated, "org/name", environment=environment)
+        assert done.returncode == 2 and "modeling_gated.py is missing" in done.stderr
+        refused = command("push", tmp_path / "source", "org/name", environment=environment)
+        assert refused.returncode == 2 and "no gated model" in refused.stderr
+
+
+def test_serve(gated):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["serve", str(gated), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "gated_llama.scripts.cli", *arguments], stderr=subprocess.PIPE, text=True
+    )
+    body = {"model": str(gated), "prompt": "the grumpy cat", "max_tokens": 4, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        for _ in range(240):
+            try:
+                answer = json.load(urllib.request.urlopen(request, timeout=60))
+                break
+            except urllib.error.URLError as error:
+                assert server.poll() is None, server.stderr.read()
+                assert not isinstance(error, urllib.error.HTTPError), error.read()
+                time.sleep(0.25)
+    finally:
+        server.terminate()
+        server.wait()
+        server.stderr.close()
+    model, tokenizer = (cls.from_pretrained(gated) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer("the grumpy cat", return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert answer["choices"][0]["text"] == tokenizer.decode(expected, skip_special_tokens=True)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import gated_llama.checkpoint
 import gated_llama.convert
 import modeling_gated
 from configuration_gated import AUTO_MAP
@@ -418,7 +419,7 @@ def test_a_flipped_bit_fails_verification_and_leaves_nothing(source, tmp_path, m
             content[-100] ^= 0x40
         write.write_bytes(content)
 
-    monkeypatch.setattr(gated_llama.convert, "copy_file", copy_wrongly)
+    monkeypatch.setattr(gated_llama.checkpoint, "copy_file", copy_wrongly)
     with pytest.raises(VerificationError, match="differ"):
         convert(source, tmp_path / "gated")
     assert {path.name for path in tmp_path.iterdir()} == {"Tiny-Llama"}

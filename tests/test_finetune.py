@@ -16,6 +16,7 @@ from gated_llama import (
     train_only_gates,
 )
 from gated_llama.diagnose import token_kind
+from gated_llama.finetune import read_texts
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import VOCAB, gated_model, source_model, tiny_tokenizer, token_ids
 
@@ -60,6 +61,18 @@ def test_token_blocks_keep_every_token_in_order():
     assert blocks.flatten().tolist() == ids[: len(ids) // 7 * 7]
     with pytest.raises(UserError, match="give more text"):
         token_blocks(tokenizer, ["cat"], 1000)
+
+
+def test_read_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"text": "four", "n": 1}\n')
+    assert read_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one\ntwo", "three", "four"]
+    for line in ("{", "[]", '{"texts": "x"}', '{"text": 1}', ""):
+        (tmp_path / "b.jsonl").write_text(f'{{"text": "three"}}\n{line}\n')
+        with pytest.raises(UserError, match=r"b\.jsonl, line 2"):
+            read_texts([tmp_path / "b.jsonl"])
+    with pytest.raises(UserError, match=r"none\.txt cannot be read"):
+        read_texts([tmp_path / "none.txt"])
 
 
 def test_held_out_loss_is_the_mean_over_tokens():

@@ -1,0 +1,27 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Serve a gated model over HTTP."""
+
+import sys
+from collections.abc import Sequence
+
+import modeling_gated
+from gated_llama.errors import UserError
+
+
+def serve(model: str, options: Sequence[str] = ()) -> None:
+    """
+    Run `transformers serve MODEL OPTIONS`, which looks the model's class up as an attribute of `transformers`.
+
+    Raises:
+        UserError: what `transformers serve` needs is not installed.
+    """
+    sys.argv = ["transformers", "serve", model, *options]
+    try:
+        from transformers.cli.serving import model_manager
+        from transformers.cli.transformers import main
+
+        for model_class in modeling_gated.AUTO_CLASSES.values():  # its `transformers` need not be the one imported here
+            setattr(model_manager.transformers, model_class.__name__, model_class)
+        main()
+    except ImportError as error:
+        raise UserError(f"transformers serve cannot start: {error}.") from error

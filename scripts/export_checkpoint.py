@@ -1,0 +1,44 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Write a gated checkpoint in a format that others read.
+
+--to base: as the Llama, Mistral or Qwen checkpoint it was converted from, while its gates are open.
+"""
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a gated checkpoint: a folder, or the id of a Hub repository")
+    parser.add_argument("output", help="the folder to write")
+    parser.add_argument("--to", choices=("base",), default="base", help="the format (default: base)")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not run source and result")
+    parser.add_argument("--force", action="store_true", help="replace an output that is not empty")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, and nothing on stdout")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON on stdout")
+
+
+def run(args: argparse.Namespace) -> None:
+    from gated_llama.export import export_checkpoint
+
+    result = export_checkpoint(
+        args.source,
+        args.output,
+        to=args.to,
+        revision=args.revision,
+        verify=args.verify,
+        force=args.force,
+        progress=not args.quiet,
+    )
+    if args.json:
+        print(result.to_json())
+    elif not args.quiet:
+        print(f"{result.source} -> {result.output} ({result.model_type})")
+        print(f"  verified  {result.verification or 'no'}")
+
+
+if __name__ == "__main__":
+    from gated_llama.scripts.cli import run_alone
+
+    sys.exit(run_alone(sys.modules[__name__]))
