@@ -25,6 +25,10 @@ AUTO_CLASSES = {
 }
 FROM_BASE = ("license", "license_name", "license_link", "language")
 
+UNCHANGED = "The base model's weight files are unchanged, byte for byte; the gates are in `model-gates.safetensors`."
+REWRITTEN = "The weights were written anew; the gates are in `model-gates.safetensors`."
+UNTRAINED = "The gates have not been trained. On its own, adding gates changes neither quality nor attention sinks."
+
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -33,17 +37,16 @@ TEMPLATE = """---
 
 [{{ source }}]({{ source_link }}){% if revision %} (commit `{{ revision }}`){% endif %} with gated attention:
 the attention output of every layer is multiplied by a gate computed from the hidden state that the queries read,
-before `o_proj` ([Qiu et al., 2025](https://arxiv.org/abs/2505.06708)). The weights of the
-base model are unchanged, byte for byte; the gates are in `model-gates.safetensors`.
+before `o_proj` ([Qiu et al., 2025](https://arxiv.org/abs/2505.06708)). {{ weights }}
 
 | gate | value |
 |---|---|
 | type | {{ gate_type }} |
 | value | {{ gate_scale }} · σ(x · W{% if gate_bias %} + b{% endif %}) |
 | start | {{ start }} |
-| parameters | {{ "{:,}".format(gate_parameters) }} beside {{ "{:,}".format(source_parameters) }} |
+| parameters | {{ "{:,}".format(gate_parameters) }} beside {{ "{:,}".format(other_parameters) }} |
 
-The gates have not been trained. On its own, adding gates changes neither quality nor attention sinks.
+{{ trained }}
 
 ## How it was made
 
@@ -82,7 +85,6 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         tags=["gated-attention", "gated-llama", "custom_code"],
         **_base_card_fields(source_folder),
     )
-    open_note = "open (1: the model computes what its base does)"
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
@@ -93,9 +95,11 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         gate_type=result.gate_type,
         gate_scale=f"{result.gate_scale:g}",
         gate_bias=result.gate_bias,
-        start=open_note if result.gate_init == "open" else "random (needs training)",
+        start="open (1: the model computes what it did without)" if result.gate_init == "open" else "random",
         gate_parameters=result.gate_parameters,
-        source_parameters=result.source_parameters,
+        other_parameters=result.other_parameters,
+        weights=UNCHANGED if result.carried_bytes else REWRITTEN,
+        trained=UNTRAINED if result.source_layout == "plain" else "The gates are those of the source.",
         command=_command(result),
         verified=str(result.verification) if result.verification else "nothing (conversion with `--no-verify`)",
         auto_class=AUTO_CLASSES[architecture],
@@ -117,12 +121,16 @@ def _command(result) -> str:
     words = ["gated-llama", "convert", result.source, Path(result.output).name, "--gate-type", result.gate_type]
     if result.revision:
         words += ["--revision", result.revision]
-    if result.gate_scale != 2:
+    if result.source_layout == "plain" and result.gate_scale != 2:
         words += ["--gate-scale", f"{result.gate_scale:g}"]
-    if result.gate_bias:
+    if result.source_layout != "official" and result.gate_bias:
         words += ["--gate-bias"]
-    if result.gate_init != "open":
+    if result.source_layout == "plain" and result.gate_init != "open":
         words += ["--gate-init", result.gate_init]
+    if result.dtype:
+        words += ["--dtype", result.dtype]
+    if result.max_shard_size:
+        words += ["--max-shard-size", str(result.max_shard_size)]
     if result.verification is None:
         words += ["--no-verify"]
     return shlex.join(words)

@@ -3,7 +3,6 @@
 
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import psutil
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from gated_llama.errors import UserError
 
@@ -237,21 +235,19 @@ def copy_file(source: Path, target: Path, on_bytes: Callable[[int], None] = lamb
             on_bytes(count)
 
 
-def carry_shards(checkpoint: Checkpoint, folder: Path, new_names: dict[str, str], *, progress: bool) -> None:
-    """Copy the shards that `new_names` renames (old name to new) to `folder`, with a bar in bytes on stderr."""
-    total = sum((checkpoint.folder / shard).stat().st_size for shard in new_names)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-        for shard, new_name in new_names.items():
-            bar.set_description(shard)
-            copy_file(checkpoint.folder / shard, folder / new_name, bar.update)
-
-
-def write_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
-    """Write the index that joins the shards of `folder`."""
-    total = sum(int(re.sub(r"\D", "", info.dtype)) // 8 * math.prod(info.shape) for info in tensors.values())
-    weight_map = {key: tensors[key].file for key in sorted(tensors)}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def link_file(source: Path, target: Path) -> None:
+    """
+    Give `target` the bytes of `source` without copying: a hard link, or a symbolic one where there can be none (another
+    filesystem) and for the Hub cache, whose snapshots are symbolic links themselves.
+    """
+    if not source.is_symlink():
+        try:
+            os.link(source, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+    target.symlink_to(source.resolve())
 
 
 def refuse_nesting(source: Path, output: Path) -> None:

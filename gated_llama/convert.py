@@ -1,48 +1,53 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Turn a checkpoint of a Llama-like model into a gated one by adding to it: the source's shards are carried over byte for
-byte, the gates come in one small shard of their own, and a new index joins them.
+Turn a checkpoint into a gated one by adding to it: the source's shards are carried over byte for byte, the gates come
+in one small shard of their own, and a new index joins them. Only what must change is written anew: the fused
+projections of the paper authors' layout, gates that get another form, all weights when another dtype or shard size is
+asked for.
 """
 
 import json
 import math
 import os
 import re
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 import configuration_gated
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
-from gated_llama import __version__
+from gated_llama import __version__, official
 from gated_llama.card import conversion_card
 from gated_llama.checkpoint import (
     CONFIG_NAME,
     GATES_NAME,
     WEIGHTS_NAME,
     Checkpoint,
-    carry_shards,
+    TensorInfo,
     copy_file,
     find_source,
     new_folder,
     read_checkpoint,
-    read_header,
     refuse_nesting,
-    write_index,
 )
 from gated_llama.errors import UserError
-from gated_llama.families import Origin, gated_config, recognise
-from gated_llama.verify import Verification, verify_conversion
+from gated_llama.families import Origin, gate_settings, gated_config, recognise
+from gated_llama.shards import DTYPE_NAMES, DTYPES, Recipe, carried, split_by_size, write_index, write_shards
+from gated_llama.verify import Verification, verify
 
 
 SINGLE_SHARD = "model-00001-of-00001.safetensors"  # a file called model.safetensors hides the index beside it
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Keys that published checkpoints carry and no model needs. With tied embeddings lm_head.weight is another.
 NOT_NEEDED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,17 @@ class ConversionResult:
     source: str
     revision: str | None
     source_model_type: str
+    source_layout: str
     gate_type: str
     gate_scale: float
     gate_bias: bool
     gate_init: str
     gate_parameters: int
-    source_parameters: int
-    carried_bytes: int
-    carried: list[str] = field(default_factory=list)
+    other_parameters: int
+    carried_bytes: int  # of shards that were carried over whole
+    dtype: str | None = None  # if the weights were written in another
+    max_shard_size: str | int | None = None
+    carried: list[str] = field(default_factory=list)  # other files
     left_behind: list[str] = field(default_factory=list)
     verification: Verification | None = None
 
@@ -74,9 +82,12 @@ def convert_checkpoint(
     *,
     revision: str | None = None,
     gate_type: str | None = None,
-    gate_scale: float = 2.0,
-    gate_bias: bool = False,
-    gate_init: str = "open",
+    gate_scale: float | None = None,
+    gate_bias: bool | None = None,
+    gate_init: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    link: bool = False,
     verify: bool | None = None,
     force: bool = False,
     progress: bool = True,
@@ -86,9 +97,13 @@ def convert_checkpoint(
 
     Args:
         source: a folder with safetensors weights, or a Hub id (then `revision` may name a branch, tag or commit).
+            Llama, Mistral, Qwen2 or Qwen3; the paper authors' gated Qwen3; or a gated checkpoint again.
         output: the folder to write; it appears only when it is complete.
-        gate_type: `"headwise"` (if None) or `"elementwise"`; `gate_scale`, `gate_bias` and `gate_init` as in
-            [`GatedLlamaConfig`]. `gate_init="normal"` draws the same weights every time.
+        gate_type, gate_scale, gate_bias, gate_init: as in [`GatedLlamaConfig`]. None: what a gated source has, else
+            headwise, 2.0, no bias, open. `gate_init="normal"` draws the same weights every time.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`, to write the weights in it.
+        max_shard_size: bytes, or such as `"5GB"`, to write the weights in shards of at most this size.
+        link: link to the source's shards instead of copying them; they are then the same bytes on disk.
         verify: run source and result on the same inputs (see `gated_llama.verify`), and keep the result only if it
             computes what the source computes. None: if the memory suffices.
         force: replace an `output` that is not empty.
@@ -103,44 +118,47 @@ def convert_checkpoint(
     checkpoint = read_checkpoint(found.folder)
     where = str(checkpoint.folder / CONFIG_NAME)
     origin = recognise(checkpoint.config, where)
-    settings = {
-        "gate_type": gate_type or "headwise",
-        "gate_scale": float(gate_scale),
-        "gate_bias": gate_bias,
-        "gate_init": gate_init,
-    }
+    asked = {"gate_type": gate_type, "gate_scale": gate_scale, "gate_bias": gate_bias, "gate_init": gate_init}
+    settings = gate_settings(origin, asked, where)
+    earlier = getattr(origin.config, "conversion", None) or {}
     record = {
         "source": found.name,
         "revision": found.revision,
-        "source_model_type": origin.model_type,
+        "source_model_type": earlier.get("source_model_type", origin.model_type),
+        "source_layout": origin.layout,
         "gated_llama_version": __version__,
         **settings,
     }
-    config = gated_config(origin, where=where, **settings)
-    gate_keys = _match_keys(checkpoint, origin, config)
+    config = gated_config(origin, settings, where=where)
+    if dtype is not None:
+        config.dtype = _torch_dtype(dtype)
+    recipes = _recipes(checkpoint, origin, config, None if dtype is None else DTYPE_NAMES[config.dtype])
+    if max_shard_size is not None:
+        recipes = split_by_size(recipes, _bytes(max_shard_size), keep=GATES_NAME)
     should_verify = _fits_in_memory(checkpoint) if verify is None else verify
 
     with new_folder(output, force=force) as folder:
-        gates = _make_gates(gate_keys, config, _gate_dtype(checkpoint))
-        _write_weights(checkpoint, gates, folder, progress)
+        carried_bytes = write_shards(checkpoint, recipes, folder, link=link, progress=progress)
+        write_index(folder, recipes)
         for name in checkpoint.carried:
             copy_file(checkpoint.folder / name, folder / name)
         for module in (configuration_gated, modeling_gated):
             copy_file(Path(module.__file__), folder / Path(module.__file__).name)
-        verification = None
-        if should_verify:
-            verification = verify_conversion(
-                found.folder, origin.model_class, origin.config, folder, origin.gated_class, config, progress=progress
-            )
+        verification = _verify(checkpoint, origin, config, folder, progress) if should_verify else None
+        sizes = {key: math.prod(recipe.info.shape) for key, recipe in recipes.items()}
+        gates = sum(size for key, size in sizes.items() if is_gate(key))
         result = ConversionResult(
             output=str(output),
             source=found.name,
             revision=found.revision,
             source_model_type=origin.model_type,
+            source_layout=origin.layout,
             **settings,
-            gate_parameters=sum(gate.numel() for gate in gates.values()),
-            source_parameters=sum(math.prod(info.shape) for info in checkpoint.tensors.values()),
-            carried_bytes=checkpoint.size(),
+            gate_parameters=gates,
+            other_parameters=sum(sizes.values()) - gates,
+            carried_bytes=carried_bytes,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
             carried=checkpoint.carried,
             left_behind=checkpoint.left_behind,
             verification=verification,
@@ -153,64 +171,167 @@ def convert_checkpoint(
     return result
 
 
-def _match_keys(checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig) -> dict[str, tuple[int, ...]]:
-    """The gates' keys and shapes, once every key of the source has proved to be one that the model has."""
+def is_gate(key: str) -> bool:
+    return ".attn_gate." in key
+
+
+def load_model(model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """Load for a comparison: in the config's dtype, and from a folder that may have no config.json yet."""
+    # The generation config is not compared, and looking for it needs a config.json.
+    return model_class.from_pretrained(
+        folder, config=config, generation_config=GenerationConfig(), local_files_only=True
+    )
+
+
+def shapes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, where: str) -> dict[str, tuple[int, ...]]:
+    """
+    Keys and shapes of the class's checkpoint.
+
+    Raises:
+        UserError: no model can be built from the config, which `where` names.
+    """
     try:
         with torch.device("meta"):
-            model = origin.gated_class(config)
+            model = model_class(config)
     except Exception as error:  # whatever an unknown rope type or activation makes the model class do
-        where = checkpoint.folder / CONFIG_NAME
         raise UserError(f"{where} describes no model that can be built: {type(error).__name__} {error}.") from error
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    prefix = model.base_model_prefix + "."
-    if not any(key.startswith(prefix) for key in checkpoint.tensors):  # a bare base model under a head's name
-        expected = {key.removeprefix(prefix): shape for key, shape in expected.items()}
-    gates = {key: shape for key, shape in expected.items() if ".attn_gate." in key}
-    needed = expected.keys() - gates.keys()
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
-    name = checkpoint.folder
-    if missing := sorted(needed - checkpoint.tensors.keys() - optional):
-        raise UserError(f"{name} has no tensor {missing[0]}, which a {origin.model_type} model of its config needs.")
+
+def _torch_dtype(name: str) -> torch.dtype:
+    choices = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if name not in choices:
+        raise UserError(f"{name!r} is no dtype to write: {', '.join(choices)} are.")
+    return choices[name]
+
+
+def _bytes(size: str | int) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", str(size), re.IGNORECASE)
+    value = int(float(match[1]) * SIZE_UNITS.get((match[2] or "").upper(), 1)) if match else 0
+    if value <= 0:
+        raise UserError(f"{size!r} is no shard size: give bytes, or such as 500MB or 5GB.")
+    return value
+
+
+def _recipes(checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig, dtype: str | None) -> dict[str, Recipe]:
+    """How every tensor of the result is made, once every key of the source has proved to be one that the model has."""
+    where = str(checkpoint.folder / CONFIG_NAME)
+    prefix = origin.gated_class.base_model_prefix + "."
+    bare = not any(key.startswith(prefix) for key in checkpoint.tensors)  # a base model under a head's name
+
+    def keys_of(config: GatedLlamaConfig) -> dict[str, tuple[int, ...]]:
+        shapes = shapes_of(origin.gated_class, config, where)
+        return {key.removeprefix(prefix) if bare else key: shape for key, shape in shapes.items()}
+
+    wanted = keys_of(config)
+    if origin.layout == "gated":
+        have = keys_of(origin.config)
+    else:
+        have = {key: shape for key, shape in wanted.items() if not is_gate(key)}
+    if origin.layout == "official":
+        fused = official.fused_rows(config)
+        have |= {key: (fused, *shape[1:]) for key, shape in have.items() if ".q_proj." in key}
+    _check_keys(checkpoint, origin, have, tied=config.tie_word_embeddings)
+
+    recipes = {}
     for key, info in checkpoint.tensors.items():
-        if key not in needed | optional and not NOT_NEEDED.fullmatch(key):
-            raise UserError(f"{name / info.file} holds {key}, which a {origin.model_type} model does not have.")
-        if key in expected and info.shape != expected[key]:
-            raise UserError(
-                f"{name / info.file} holds {key} of shape {list(info.shape)}; "
-                f"its config asks for {list(expected[key])}."
-            )
-        if key in expected and info.dtype not in FLOATS:
-            raise UserError(f"{name / info.file} holds {key} as {info.dtype}; {', '.join(FLOATS)} can be converted.")
-    return gates
-
-
-def _gate_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """That of the projection beside it."""
-    return FLOATS[next(info.dtype for key, info in checkpoint.tensors.items() if key.endswith(".q_proj.weight"))]
-
-
-def _make_gates(
-    keys: dict[str, tuple[int, ...]], config: GatedLlamaConfig, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    gates = {key: torch.zeros(shape, dtype=dtype) for key, shape in keys.items()}
+        if key in wanted or NOT_NEEDED.fullmatch(key):
+            file = GATES_NAME if is_gate(key) else SINGLE_SHARD if info.file == WEIGHTS_NAME else info.file
+            recipes[key] = carried(key, info, file=file, dtype=dtype if dtype and key in wanted else info.dtype)
+    if origin.layout == "official":
+        for key in [key for key in recipes if ".q_proj." in key]:
+            info = replace(recipes[key].info, shape=wanted[key])
+            recipes[key] = Recipe(info, inputs=(key,), make=partial(official.split_queries, config=config))
+    gate_dtype = dtype or next(info.dtype for key, info in checkpoint.tensors.items() if key.endswith(".q_proj.weight"))
     generator = torch.Generator().manual_seed(0)
-    for key, gate in gates.items():
-        if config.gate_init == "normal" and key.endswith(".weight"):
-            gate.normal_(0.0, config.initializer_range, generator=generator)
-        if config.gate_init == "open" and key.endswith(".bias"):
-            gate.fill_(config.open_gate_logit)
-    return gates
+    for key, shape in wanted.items():
+        if is_gate(key):
+            info = TensorInfo(GATES_NAME, dtype or getattr(checkpoint.tensors.get(key), "dtype", gate_dtype), shape)
+            recipes[key] = _gate_recipe(key, info, checkpoint, origin, config, generator)
+    return recipes
 
 
-def _write_weights(checkpoint: Checkpoint, gates: dict[str, torch.Tensor], folder: Path, progress: bool) -> None:
-    new_names = {shard: SINGLE_SHARD if shard == WEIGHTS_NAME else shard for shard in checkpoint.shards}
-    carry_shards(checkpoint, folder, new_names, progress=progress)
-    save_file(gates, folder / GATES_NAME, metadata={"format": "pt"})
-    tensors = {key: replace(info, file=new_names[info.file]) for key, info in checkpoint.tensors.items()}
-    write_index(folder, tensors | read_header(folder, GATES_NAME))
+def _gate_recipe(
+    key: str, info: TensorInfo, checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig, generator
+) -> Recipe:
+    if origin.layout == "official":
+        fused = key.replace(".attn_gate.proj.", ".q_proj.")
+        return Recipe(info, inputs=(fused,), make=partial(official.split_gates, config=config))
+    if key in checkpoint.tensors:
+        if checkpoint.tensors[key].shape == info.shape:
+            return Recipe(info, inputs=(key,))
+        return Recipe(info, inputs=(key,), make=lambda headwise: headwise.repeat_interleave(config.head_dim, dim=0))
+    if origin.layout == "gated":  # a bias that it did not have
+        return Recipe(info, make=lambda: torch.zeros(info.shape))
+    return Recipe(info, make=lambda: _new_gate(key, info.shape, config, generator))
+
+
+def _new_gate(key: str, shape: tuple[int, ...], config: GatedLlamaConfig, generator: torch.Generator) -> torch.Tensor:
+    gate = torch.zeros(shape)
+    if config.gate_init == "normal" and key.endswith(".weight"):
+        gate.normal_(0.0, config.initializer_range, generator=generator)
+    if config.gate_init == "open" and key.endswith(".bias"):
+        gate.fill_(config.open_gate_logit)
+    return gate
+
+
+def _check_keys(checkpoint: Checkpoint, origin: Origin, have: dict[str, tuple[int, ...]], *, tied: bool) -> None:
+    name, kind = checkpoint.folder, f"{origin.model_type} model"
+    optional = {"lm_head.weight"} if tied else set()
+    if missing := sorted(have.keys() - checkpoint.tensors.keys() - optional):
+        raise UserError(f"{name} has no tensor {missing[0]}, which a {kind} of its config needs.")
+    for key, info in checkpoint.tensors.items():
+        if key not in have and not NOT_NEEDED.fullmatch(key):
+            raise UserError(f"{name / info.file} holds {key}, which a {kind} does not have.")
+        if key in have and info.shape != have[key]:
+            raise UserError(
+                f"{name / info.file} holds {key} of shape {list(info.shape)}; its config asks for {list(have[key])}."
+            )
+        if key in have and info.dtype not in DTYPES:
+            raise UserError(f"{name / info.file} holds {key} as {info.dtype}; {', '.join(DTYPES)} can be converted.")
 
 
 def _fits_in_memory(checkpoint: Checkpoint) -> bool:
     """One model after the other is loaded; a fifth more than the weights covers gates and activations."""
     return checkpoint.size() * 1.2 + 5e8 < psutil.virtual_memory().available
+
+
+def _verify(
+    checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig, folder: Path, progress: bool
+) -> Verification:
+    load_gated = partial(load_model, origin.gated_class, folder, config)
+    source_config = deepcopy(origin.config)
+    source_config.dtype = config.dtype
+    load_source: Callable[[], PreTrainedModel] = partial(
+        load_model, origin.model_class, checkpoint.folder, source_config
+    )
+    if origin.layout == "official":
+        load_source = partial(_official_reference, checkpoint, load_gated)
+        expect = "rounding"
+    elif origin.layout == "gated":
+        same = all(origin.gates[name] == getattr(config, name) for name in ("gate_type", "gate_bias"))
+        expect = "equal" if same else "rounding"
+    elif config.gate_init == "open":
+        expect = "equal" if config.gate_scale == 2 else "rounding"
+    else:
+        expect = "reported"
+    return verify(load_source, load_gated, expect, gates_added=origin.layout == "plain", progress=progress)
+
+
+def _official_reference(checkpoint: Checkpoint, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model as the authors' code runs it: the source's fused projections, their activations regrouped."""
+    model = load()
+
+    def fused(key: str) -> torch.Tensor | None:
+        if key not in checkpoint.tensors:
+            return None
+        with safe_open(checkpoint.folder / checkpoint.tensors[key].file, framework="pt") as file:
+            return file.get_tensor(key).to(model.dtype)
+
+    for name, module in model.named_modules():
+        if isinstance(module, modeling_gated.GatedLlamaAttention):
+            key = name if f"{name}.q_proj.weight" in checkpoint.tensors else name.split(".", 1)[1]
+            weight, bias = fused(f"{key}.q_proj.weight"), fused(f"{key}.q_proj.bias")
+            module.q_proj = official.FusedProjection(weight, bias, model.config, "queries")
+            module.attn_gate.proj = official.FusedProjection(weight, bias, model.config, "gates")
+    return model

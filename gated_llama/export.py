@@ -1,105 +1,168 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Turn a gated checkpoint into one that others read: back to the family it came from, while its gates are open."""
+"""
+Write a gated checkpoint in a format that others read:
+
+    base       the family it was converted from, while its gates are open: the shards are carried over
+    qwen3_5    Transformers' own Qwen3.5 text model, which has this gate: no custom code needed
+    official   the paper authors' layout (see `gated_llama.official`)
+"""
 
 import json
 import os
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import modeling_gated
+from configuration_gated import GatedLlamaConfig
+from gated_llama import official
 from gated_llama.checkpoint import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Checkpoint,
-    carry_shards,
     copy_file,
     find_source,
     new_folder,
     read_checkpoint,
     refuse_nesting,
-    write_index,
 )
+from gated_llama.convert import is_gate, load_model, shapes_of
 from gated_llama.errors import UserError
 from gated_llama.families import FAMILIES, base_config, read_gated_config
-from gated_llama.verify import Verification, verify_conversion
-
-
-TARGETS = ("base",)
+from gated_llama.shards import Recipe, carried, write_index, write_shards
+from gated_llama.verify import Verification, verify
 
 
 @dataclass(frozen=True)
 class ExportResult:
     output: str
     source: str
-    model_type: str
+    to: str
+    architecture: str
     verification: Verification | None = None
+    in_own_dtype: Verification | None = None  # where `verification` is in fp32 and the checkpoint is not
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format: what is written, and how it is loaded to be compared (given the folder and a dtype)."""
+
+    config: dict
+    recipes: dict[str, Recipe]
+    load: Callable[[Path, torch.dtype | None], PreTrainedModel]
+    expect: str
+    gates_added: bool = False
 
 
 def export_checkpoint(
     source: str | os.PathLike,
     output: str | os.PathLike,
     *,
-    to: str = "base",
+    to: str,
     revision: str | None = None,
     verify: bool = True,
     force: bool = False,
     progress: bool = True,
 ) -> ExportResult:
     """
-    Write the gated checkpoint `source` in another format. `to="base"`: as the Llama, Mistral or Qwen model it was
-    converted from, its weights carried over; only while every gate is open.
+    Write the gated checkpoint `source` as `to` (`"base"`, `"qwen3_5"` or `"official"`) in the folder `output`.
 
     Raises:
-        UserError: the source is no such checkpoint, or `to` cannot express it; nothing was written.
+        UserError: the source is no gated checkpoint, or `to` cannot express it; nothing was written.
         VerificationError: the result does not compute what the source does; nothing was written.
     """
     if to not in TARGETS:
-        raise UserError(f"there is no export to {to!r}: {', '.join(TARGETS)} is supported.")
+        raise UserError(f"there is no export to {to!r}: {', '.join(TARGETS)} are supported.")
     found = find_source(source, revision)
     refuse_nesting(found.folder, Path(output))
     checkpoint = read_checkpoint(found.folder)
     where = str(checkpoint.folder / CONFIG_NAME)
     config = read_gated_config(checkpoint.config, where)
+    gated_class = getattr(modeling_gated, config.architectures[0])
+    shapes = shapes_of(gated_class, config, where)
+    if missing := sorted(shapes.keys() - checkpoint.tensors.keys() - {"lm_head.weight"}):
+        raise UserError(f"{checkpoint.folder} has no tensor {missing[0]}, which its config needs.")
+    target = TARGETS[to](checkpoint, config)
+
+    def load_gated(dtype: torch.dtype | None) -> PreTrainedModel:
+        own = deepcopy(config)
+        own.dtype = dtype or config.dtype
+        return load_model(gated_class, checkpoint.folder, own)
+
+    with new_folder(output, force=force) as folder:
+        write_shards(checkpoint, target.recipes, folder, progress=progress)
+        if {recipe.info.file for recipe in target.recipes.values()} != {WEIGHTS_NAME}:
+            write_index(folder, target.recipes)
+        for name in checkpoint.carried:
+            copy_file(checkpoint.folder / name, folder / name)
+
+        def compare(dtype: torch.dtype | None, expect: str) -> Verification:
+            return run_verification(
+                partial(target.load, folder, dtype),
+                partial(load_gated, dtype),
+                expect,
+                gates_added=target.gates_added,
+                greedy=expect == "rounding" and gated_class.can_generate(),
+                progress=progress,
+            )
+
+        in_fp32 = in_own = None
+        if verify and target.expect == "equal":
+            in_fp32 = compare(None, "equal")
+        elif verify:  # another order of sums: judged where rounding is small, and told in the checkpoint's own dtype
+            in_fp32 = compare(torch.float32, target.expect)
+            in_own = compare(None, "reported") if config.dtype not in (None, torch.float32) else None
+        (folder / CONFIG_NAME).write_text(json.dumps(target.config, indent=2) + "\n", encoding="utf-8")
+    return ExportResult(str(output), found.name, to, target.config["architectures"][0], in_fp32, in_own)
+
+
+run_verification = verify  # the name is an argument above
+
+
+def _without_gates(checkpoint: Checkpoint) -> dict[str, Recipe]:
+    """Everything but the gates, in its shards; alone in one, under the name that needs no index."""
+    kept = {key: info for key, info in checkpoint.tensors.items() if not is_gate(key)}
+    single = len({info.file for info in kept.values()}) == 1
+    return {key: carried(key, info, file=WEIGHTS_NAME if single else info.file) for key, info in kept.items()}
+
+
+# --- base -----------------------------------------------------------------------------------------------------------
+
+
+def _to_base(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
+    where = checkpoint.folder / CONFIG_NAME
     model_type = (config.conversion or {}).get("source_model_type")
     if model_type not in FAMILIES:
         raise UserError(f"{where} names no family that it was converted from, so there is no base to go back to.")
-    gated_class = getattr(modeling_gated, config.architectures[0])
+    _refuse_moved_gates(checkpoint, config)
     head = config.architectures[0].removeprefix("GatedLlama")
     base_class = getattr(transformers, FAMILIES[model_type].prefix + head)
     base = base_config(model_type, config, base_class.__name__)
-    _refuse_moved_gates(checkpoint, config)
-
-    with new_folder(output, force=force) as folder:
-        _write_base_weights(checkpoint, folder, progress)
-        for name in checkpoint.carried:
-            copy_file(checkpoint.folder / name, folder / name)
-        verification = None
-        if verify:
-            verification = verify_conversion(
-                folder, base_class, base, checkpoint.folder, gated_class, config, progress=progress
-            )
-        (folder / CONFIG_NAME).write_text(base.to_json_string(), encoding="utf-8")
-    return ExportResult(str(output), found.name, model_type, verification)
+    return Target(
+        config=_saved(base),
+        recipes=_without_gates(checkpoint),
+        load=partial(_load, base_class, base),
+        expect="equal" if config.gate_scale == 2 else "rounding",
+        gates_added=True,
+    )
 
 
-def _is_gate(key: str) -> bool:
-    return ".attn_gate." in key
-
-
-def _refuse_moved_gates(checkpoint: Checkpoint, config) -> None:
+def _refuse_moved_gates(checkpoint: Checkpoint, config: GatedLlamaConfig) -> None:
     """Open is what a conversion writes: zero weights, and the bias at which the gate is 1."""
     if config.gate_init != "open":
         raise UserError(f"{checkpoint.folder} has gates that did not start open (gate_init is {config.gate_init!r}).")
     for key, info in checkpoint.tensors.items():
-        if not _is_gate(key):
+        if not is_gate(key):
             continue
         with safe_open(checkpoint.folder / info.file, framework="pt") as file:
             tensor = file.get_tensor(key)
@@ -110,21 +173,137 @@ def _refuse_moved_gates(checkpoint: Checkpoint, config) -> None:
         if not distance == 0:
             raise UserError(
                 f"the gates of {checkpoint.folder} are no longer open ({key} is up to {distance:.3g} away), "
-                "which a model without gates cannot express."
+                "which a model without gates cannot express: --to qwen3_5 or official may."
             )
 
 
-def _write_base_weights(checkpoint: Checkpoint, folder: Path, progress: bool) -> None:
-    """Shards without gates are carried over; a shard that mixes both, as save_pretrained writes it, is written anew."""
-    kept = {key: info for key, info in checkpoint.tensors.items() if not _is_gate(key)}
-    with_gates = {info.file for key, info in checkpoint.tensors.items() if _is_gate(key)}
-    shards = sorted({info.file for info in kept.values()})
-    single = len(shards) == 1
-    new_names = {shard: WEIGHTS_NAME if single else shard for shard in shards}
-    carry_shards(checkpoint, folder, {s: n for s, n in new_names.items() if s not in with_gates}, progress=progress)
-    for shard in sorted(with_gates & set(shards)):
-        with safe_open(checkpoint.folder / shard, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key, info in kept.items() if info.file == shard}
-        save_file(tensors, folder / new_names[shard], metadata={"format": "pt"})
-    if not single:
-        write_index(folder, {key: replace(info, file=new_names[info.file]) for key, info in kept.items()})
+# --- fused layouts --------------------------------------------------------------------------------------------------
+
+
+def _require(config: GatedLlamaConfig, to: str, needs: dict[str, tuple], folder: Path, instead: str) -> None:
+    for name, allowed in needs.items():
+        if getattr(config, name) not in allowed:
+            value = getattr(config, name)
+            raise UserError(f"{folder} has {name} {value!r}, which {to} cannot express: {instead}.")
+    if config.architectures != ["GatedLlamaForCausalLM"]:
+        raise UserError(f"{folder} is a {config.architectures[0]}; {to} is for causal language models.")
+    if "sliding_attention" in config.layer_types:
+        raise UserError(f"{folder} has sliding-window layers, which {to} cannot express: {instead}.")
+
+
+def _fused_recipes(
+    checkpoint: Checkpoint, fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rows: int, scale: float
+) -> dict[str, Recipe]:
+    """q_proj takes the gate's rows in, and o_proj the gate's scale (which a σ of its own does not have)."""
+    recipes = _without_gates(checkpoint)
+    for key, recipe in recipes.items():
+        gate = key.replace(".q_proj.", ".attn_gate.proj.")
+        if gate != key and gate in checkpoint.tensors:
+            info = replace(recipe.info, shape=(rows, *recipe.info.shape[1:]))
+            recipes[key] = Recipe(info, inputs=(key, gate), make=fuse)
+        elif key.endswith(".o_proj.weight") and scale != 1:
+            recipes[key] = replace(recipe, make=partial(torch.mul, other=scale))
+    return recipes
+
+
+def _to_official(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
+    instead = "keep the gated checkpoint, which loads with this package or as remote code"
+    needs = {
+        "gate_bias": (config.attention_bias,),
+        "attention_out_bias": (config.attention_bias,),
+        "mlp_bias": (False,),
+    }
+    _require(config, "official", needs, checkpoint.folder, instead)
+    recipes = _fused_recipes(
+        checkpoint, partial(official.fuse, config=config), official.fused_rows(config), config.gate_scale
+    )
+    saved = _saved(base_config("qwen3", config, "Qwen3ForCausalLM"))
+    rope = saved.pop("rope_parameters")
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    saved |= {flag: config.gate_type == kind for flag, kind in official.FLAGS.items()}
+    saved |= {"use_qk_norm": config.use_qk_norm, "qkv_bias": config.attention_bias}
+    saved |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
+        "torch_dtype": saved.pop("dtype", None),
+    }
+    scaled = deepcopy(config)
+    scaled.gate_scale, scaled.gate_init = 1.0, "normal"
+    # The projections are compared as the authors' code runs them: fused, on the tensors that were written.
+    return Target(saved, recipes, partial(_load_official, scaled, checkpoint, recipes), expect="rounding")
+
+
+def _load_official(
+    config: GatedLlamaConfig,
+    checkpoint: Checkpoint,
+    recipes: dict[str, Recipe],
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    own = deepcopy(config)
+    own.dtype = dtype or config.dtype
+    model = load_model(modeling_gated.GatedLlamaForCausalLM, checkpoint.folder, own)
+    for name, module in model.named_modules():
+        if isinstance(module, modeling_gated.GatedLlamaAttention):
+            read = partial(_read, recipes, folder, model.dtype)
+            weight, bias = read(f"{name}.q_proj.weight"), read(f"{name}.q_proj.bias")
+            module.q_proj = official.FusedProjection(weight, bias, config, "queries")
+            module.attn_gate.proj = official.FusedProjection(weight, bias, config, "gates")
+            module.o_proj.weight.data = read(f"{name}.o_proj.weight")
+    return model
+
+
+def _read(recipes: dict[str, Recipe], folder: Path, dtype: torch.dtype, key: str) -> torch.Tensor | None:
+    if key not in recipes:
+        return None
+    with safe_open(folder / recipes[key].info.file, framework="pt") as file:
+        return file.get_tensor(key).to(dtype)
+
+
+def _to_qwen3_5(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
+    instead = "it has QK norm, no other bias than attention_bias, and full attention; --to official asks for less"
+    bias = config.attention_bias
+    needs = {"use_qk_norm": (True,), "gate_bias": (bias,), "attention_out_bias": (bias,), "mlp_bias": (False,)}
+    _require(config, "qwen3_5", needs, checkpoint.folder, instead)
+
+    def fuse(queries: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        if config.gate_type == "headwise":
+            gates = gates.repeat_interleave(config.head_dim, dim=0)
+        heads = [part.unflatten(0, (config.num_attention_heads, -1)) for part in (queries, gates)]
+        return torch.cat(heads, dim=1).flatten(0, 1)  # of each head [H query rows | H gate rows]
+
+    rows = 2 * config.num_attention_heads * config.head_dim
+    recipes = _fused_recipes(checkpoint, fuse, rows, config.gate_scale)
+    for key, recipe in recipes.items():
+        if key.endswith("norm.weight"):  # stored as their distance from 1, which fp32 holds for every bf16 weight
+            recipes[key] = replace(
+                recipe, info=replace(recipe.info, dtype="F32"), make=lambda weight: weight.float() - 1
+            )
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+        "max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings attention_bias "
+        "attention_dropout head_dim pad_token_id bos_token_id eos_token_id dtype"
+    ).split()
+    qwen = Qwen3_5TextConfig(
+        **{name: getattr(config, name) for name in names},
+        rope_parameters={**config.rope_parameters, "partial_rotary_factor": 1.0},
+        partial_rotary_factor=1.0,
+        layer_types=["full_attention"] * config.num_hidden_layers,
+        architectures=["Qwen3_5ForCausalLM"],
+    )
+    return Target(_saved(qwen), recipes, partial(_load, Qwen3_5ForCausalLM, qwen), expect="rounding")
+
+
+def _saved(config: PreTrainedConfig) -> dict:
+    return json.loads(config.to_json_string())
+
+
+def _load(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, folder: Path, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    own = deepcopy(config)
+    own.dtype = dtype or config.dtype
+    return load_model(model_class, folder, own)
+
+
+TARGETS = {"base": _to_base, "qwen3_5": _to_qwen3_5, "official": _to_official}

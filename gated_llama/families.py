@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from gated_llama.errors import UserError
+from gated_llama.official import gate_type_of, is_official
 
 
 # Mean the same in every family.
@@ -70,14 +71,21 @@ FAMILIES = {
 HEADS = ("ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
+# What is written where nobody asks for anything else.
+GATE_DEFAULTS = {"gate_type": "headwise", "gate_scale": 2.0, "gate_bias": False, "gate_init": "open"}
+
+
 @dataclass(frozen=True)
 class Origin:
-    """What a source checkpoint is: its family's own config and class, and the class of ours that it becomes."""
+    """What a source checkpoint is: its own config and class, and the class of ours that it becomes."""
 
     model_type: str
+    layout: str  # "plain", "gated" (ours) or "official" (the paper authors')
     config: PreTrainedConfig
     model_class: type
     gated_class: type
+    gates: dict | None = None  # the settings of the gates it has
+    fixed: dict = field(default_factory=dict)
 
 
 def recognise(raw_config: dict, where: str) -> Origin:
@@ -88,56 +96,88 @@ def recognise(raw_config: dict, where: str) -> Origin:
         UserError: the family or the architecture is not supported, or the config contradicts itself. `where` names it.
     """
     model_type = raw_config.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(f"{where} has model_type {model_type!r}, which is not supported: {', '.join(FAMILIES)} are.")
+    if model_type not in (*FAMILIES, "gated_llama"):
+        supported = ", ".join((*FAMILIES, "gated_llama"))
+        raise UserError(f"{where} has model_type {model_type!r}, which is not supported: {supported} are.")
     if raw_config.get("quantization_config"):
         raise UserError(
             f"{where} has a quantization_config: convert the unquantized checkpoint, and quantize the result."
         )
-    prefix = FAMILIES[model_type].prefix
+    prefix = "GatedLlama" if model_type == "gated_llama" else FAMILIES[model_type].prefix
     architectures = raw_config.get("architectures") or [f"{prefix}ForCausalLM"]
     head = next((head for head in HEADS if architectures == [prefix + head]), None)
     if head is None:
         supported = ", ".join(prefix + head for head in HEADS)
         raise UserError(f"{where} has architectures {architectures}, which is not supported: one of {supported} is.")
+    config_class = GatedLlamaConfig if prefix == "GatedLlama" else getattr(transformers, f"{prefix}Config")
     try:
-        config = getattr(transformers, f"{prefix}Config").from_dict(raw_config)
+        config = config_class.from_dict(raw_config)
     except Exception as error:  # whatever a malformed value makes the config class do
         raise UserError(f"{where} is not a valid {model_type} config: {_reason(error)}") from error
-    return Origin(
-        model_type, config, getattr(transformers, prefix + head), getattr(modeling_gated, f"GatedLlama{head}")
-    )
-
-
-def gated_config(origin: Origin, *, where: str, **gate_settings) -> GatedLlamaConfig:
-    """
-    The config of the gated model: everything `origin` says, and the gate's own settings.
-
-    Raises:
-        UserError: the settings make no gate, or the sizes in the source's config contradict each other.
-    """
-    family, source = FAMILIES[origin.model_type], origin.config
-    fields = {name: getattr(source, name) for name in (*COMMON_FIELDS, *family.own_fields)}
-    fields |= _undeclared(source)
-    fields["rope_parameters"] = {key: value for key, value in source.rope_parameters.items() if key != "type"}
-    try:
-        return GatedLlamaConfig(**fields, **family.fixed, **gate_settings, architectures=[origin.gated_class.__name__])
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"{where} and the settings asked for make no gated model: {_reason(error)}") from error
+    gated_class = getattr(modeling_gated, f"GatedLlama{head}")
+    if model_type == "gated_llama":
+        gates = {name: getattr(config, name) for name in GATE_DEFAULTS}
+        return Origin(model_type, "gated", config, gated_class, gated_class, gates)
+    if is_official(raw_config):
+        bias = bool(raw_config.get("qkv_bias", False))
+        gates = {
+            "gate_type": gate_type_of(raw_config, where),
+            "gate_scale": 1.0,
+            "gate_bias": bias,
+            "gate_init": "normal",
+        }
+        fixed = {"attention_bias": bias, "use_qk_norm": bool(raw_config.get("use_qk_norm", True))}
+        return Origin(model_type, "official", config, gated_class, gated_class, gates, fixed)
+    fixed = FAMILIES[model_type].fixed
+    return Origin(model_type, "plain", config, getattr(transformers, prefix + head), gated_class, fixed=fixed)
 
 
 def read_gated_config(raw_config: dict, where: str) -> GatedLlamaConfig:
     """
     Raises:
-        UserError: `where` is not the config.json of a gated checkpoint.
+        UserError: `where` is not the config.json of a gated checkpoint of ours.
     """
-    model_type, architectures = raw_config.get("model_type"), raw_config.get("architectures")
-    if model_type != "gated_llama" or architectures not in [[f"GatedLlama{head}"] for head in HEADS]:
-        raise UserError(f"{where} has model_type {model_type!r} and architectures {architectures}: no gated model.")
+    origin = recognise(raw_config, where)
+    if origin.layout != "gated":
+        raise UserError(f"{where} has model_type {origin.model_type!r}: no gated model, so convert it first.")
+    origin.config.architectures = [origin.gated_class.__name__]  # the default, if it was left out
+    return origin.config
+
+
+def gate_settings(origin: Origin, asked: dict, where: str) -> dict:
+    """
+    The gates' settings: what is asked for (None: nothing), else what the source has, else the defaults.
+
+    Raises:
+        UserError: the source's gates cannot be expressed with the settings asked for.
+    """
+    have = origin.gates or GATE_DEFAULTS
+    settings = {name: value if asked[name] is None else asked[name] for name, value in have.items()}
+    if origin.gates is not None:
+        for name, value in have.items():
+            widened = {"gate_type": "elementwise", "gate_bias": True}.get(name) if origin.layout == "gated" else value
+            if settings[name] not in (value, widened):
+                raise UserError(f"{where} has gates with {name} {value!r}, which {settings[name]!r} cannot express.")
+    return settings
+
+
+def gated_config(origin: Origin, settings: dict, *, where: str) -> GatedLlamaConfig:
+    """
+    The config of the gated model: everything `origin` says, and the gates' settings.
+
+    Raises:
+        UserError: the settings make no gate, or the sizes in the source's config contradict each other.
+    """
+    source = origin.config
     try:
-        return GatedLlamaConfig.from_dict(raw_config)
-    except Exception as error:  # whatever a malformed value makes the config class do
-        raise UserError(f"{where} is not a valid gated_llama config: {_reason(error)}") from error
+        if origin.layout == "gated":
+            return GatedLlamaConfig.from_dict(source.to_dict() | settings)
+        own_fields = [name for name in FAMILIES[origin.model_type].own_fields if name not in origin.fixed]
+        fields = {name: getattr(source, name) for name in (*COMMON_FIELDS, *own_fields)} | _undeclared(source)
+        fields["rope_parameters"] = {key: value for key, value in source.rope_parameters.items() if key != "type"}
+        return GatedLlamaConfig(**fields, **origin.fixed, **settings, architectures=[origin.gated_class.__name__])
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"{where} and the settings asked for make no gated model: {_reason(error)}") from error
 
 
 def base_config(model_type: str, config: GatedLlamaConfig, architecture: str) -> PreTrainedConfig:

@@ -1,33 +1,33 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Proof that a converted checkpoint computes what its source does: both are run, one after the other, on the same inputs.
+Proof that two checkpoints compute the same: both are run, one after the other, on the same inputs.
 
 The inputs are random token ids in odd shapes: a batch with left padding, the same without a mask, and token by token
-with a cache. Three things are then measured:
+with a cache. Then:
 
-1. the result as it is: with gates that are exactly 1 (open, scale 2) every output must be equal to the bit; with gates
-   that are 1 to rounding (open, another scale) the difference must stay within `BOUND_ULPS`; gates drawn at random
-   are meant to differ;
-2. for the latter two, the result with its gates set to exactly 1 in memory: equal to the bit;
-3. the negative control, gates moved off open: the outputs must differ, or the comparison proves nothing.
+1. the outputs are compared as they are. `"equal"`: to the bit, where nothing may differ (gates that are open at scale 2
+   are exactly 1). `"rounding"`: within `BOUND_ULPS`, where the mathematics says equal but sums are taken in another
+   order. `"reported"`: any difference is measured only (gates drawn at random are meant to differ);
+2. where gates were added to a model without, it must be equal to the bit with every gate set to 1 in memory;
+3. the negative control: with the gates moved, the outputs must differ, or the comparison proves nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from configuration_gated import GatedLlamaConfig
 from gated_llama.errors import VerificationError
 from modeling_gated import AttentionGate
 
 
 BATCH, TOKENS, DECODED = 3, 19, 5  # odd, and DECODED of the tokens go one by one through a cache
-# Largest difference allowed to gates that are 1 only to rounding, in units of the dtype's epsilon times the largest
-# output: rounding in every layer adds up, and so do its echoes in the layers above.
+NEW_TOKENS = 8  # greedy, with and without a cache
+# Largest difference allowed to "rounding", in units of the dtype's epsilon times the largest output: rounding in every
+# layer adds up, and so do its echoes in the layers above.
 BOUND_ULPS = 32
 
 
@@ -38,58 +38,63 @@ class Verification:
     dtype: str
     exact: bool  # equal to the bit as it is
     max_difference: float
-    bound: float | None  # None: not held to one, because the gates are not meant to be open
+    bound: float | None  # None: not held to one
     max_output: float
-    control_difference: float  # with gates moved off open
+    control_difference: float  # with the gates moved
 
     def __str__(self) -> str:
-        control = f"with the gates moved off open they differ by {self.control_difference:.3g}"
+        control = f"with the gates moved they differ by {self.control_difference:.3g}"
         if self.exact:
             return f"outputs equal to the bit in {self.dtype}; {control}"
-        held = "random gates, not held to a bound" if self.bound is None else f"bound {self.bound:.3g}"
+        held = "not held to a bound" if self.bound is None else f"bound {self.bound:.3g}"
         return (
-            f"outputs differ by {self.max_difference:.3g} of at most {self.max_output:.3g} in {self.dtype} ({held}), "
-            f"and by nothing with the gates set to 1; {control}"
+            f"outputs differ by {self.max_difference:.3g} in {self.dtype} ({held}; the largest is "
+            f"{self.max_output:.3g}); {control}"
         )
 
 
-def verify_conversion(
-    source_folder: Path,
-    source_class: type[PreTrainedModel],
-    source_config: PreTrainedConfig,
-    gated_folder: Path,
-    gated_class: type[PreTrainedModel],
-    config: GatedLlamaConfig,
+def verify(
+    load_other: Callable[[], PreTrainedModel],
+    load_gated: Callable[[], PreTrainedModel],
+    expect: str,
     *,
+    gates_added: bool = False,
+    greedy: bool = False,
     progress: bool = True,
 ) -> Verification:
     """
-    Compare the gated checkpoint in `gated_folder` with the one it came from (or became: the order is the caller's).
-    The folder that is being written need not have a config.json yet.
+    Compare a gated model with the one it came from or became.
+
+    Args:
+        load_other, load_gated: make the models; called one after the other, so that one is in memory at a time.
+        expect: `"equal"`, `"rounding"` or `"reported"`.
+        gates_added: the other model has no gates, and the gated one with gates of 1 must be equal to the bit.
+        greedy: greedy generation must give the same tokens, with and without a cache.
 
     Raises:
         VerificationError: they do not compute the same, or the negative control shows no difference.
     """
     with tqdm(total=3, desc="verifying", unit="run", disable=not progress) as bar:
-        source = _load(source_class, source_folder, source_config)
-        expected = _observe(source)
-        dtype = str(source.dtype).removeprefix("torch.")
-        eps = torch.finfo(source.dtype).eps
-        del source
+        other = load_other().eval()
+        expected, tokens = _observe(other), _generate(other) if greedy else None
+        dtype = str(other.dtype).removeprefix("torch.")
+        eps = torch.finfo(other.dtype).eps
+        del other
         bar.update()
 
-        gated = _load(gated_class, gated_folder, config)
-        actual = _observe(gated)
+        gated = load_gated().eval()
+        actual, gated_tokens = _observe(gated), _generate(gated) if greedy else None
         bar.update()
-        _set_gates(gated, lambda parameter: parameter.zero_())
-        opened = _observe(gated)
+        opened = expected
+        if gates_added:
+            _set_gates(gated, lambda parameter: parameter.zero_())
+            opened = _observe(gated)
         _set_gates(gated, lambda parameter: parameter.fill_(0.5))
         control = _observe(gated)
         bar.update()
 
     max_output = max(tensor.abs().max().item() for tensor in expected)
-    exact = config.gate_init == "open" and config.gate_scale == 2
-    bound = 0.0 if exact else BOUND_ULPS * eps * max_output if config.gate_init == "open" else None
+    bound = {"equal": 0.0, "rounding": BOUND_ULPS * eps * max_output, "reported": None}[expect]
     result = Verification(
         dtype=dtype,
         exact=all(map(torch.equal, expected, actual)),
@@ -100,23 +105,25 @@ def verify_conversion(
     )
     if not all(map(torch.equal, expected, opened)):
         raise VerificationError(
-            f"with every gate at 1 the outputs differ from the source's by "
-            f"{_difference(expected, opened):.3g} in {dtype}."
+            f"with every gate at 1 the outputs differ by {_difference(expected, opened):.3g} in {dtype}."
         )
     if bound is not None and not (result.exact or result.max_difference <= bound):
         raise VerificationError(
-            f"the outputs differ from the source's by {result.max_difference:.3g} in {dtype}; {bound:.3g} is allowed."
+            f"the outputs differ by {result.max_difference:.3g} in {dtype}; {bound:.3g} is allowed."
         )
+    if greedy and not torch.equal(tokens, gated_tokens):
+        raise VerificationError("greedy generation gives other tokens.")
     if not result.control_difference > 0:
-        raise VerificationError("moving the gates off open changed no output, so equal outputs prove nothing.")
+        raise VerificationError("moving the gates changed no output, so equal outputs prove nothing.")
     return result
 
 
-def _load(model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    # The generation config is not compared, and looking for it needs a config.json.
-    return model_class.from_pretrained(
-        folder, config=config, generation_config=GenerationConfig(), local_files_only=True
-    ).eval()
+@torch.no_grad()
+def _generate(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    arguments = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    return torch.cat([model.generate(ids, attention_mask=mask, use_cache=use, **arguments) for use in (True, False)])
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 """Turn a Llama, Mistral or Qwen checkpoint into a gated one that computes the same.
 
 The source's weights are carried over byte for byte and never touched; the gates are added in a file of their own. The
-output appears only when it is complete and, unless --no-verify is given, has been run against the source.
+output appears only when it is complete and, unless --no-verify is given, has been run against the source. Sources with
+gates, ours or in the paper authors' layout, keep them.
 """
 
 import argparse
@@ -16,13 +17,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gate-type", choices=("headwise", "elementwise"), help="one gate a head (default) or one a channel"
     )
-    parser.add_argument("--gate-scale", type=float, default=2.0, help="largest value of a gate (default: 2)")
-    parser.add_argument("--gate-bias", action="store_true", help="give the gates' projection a bias")
+    parser.add_argument("--gate-scale", type=float, help="largest value of a gate (default: 2)")
+    parser.add_argument("--gate-bias", action="store_true", default=None, help="give the gates' projection a bias")
     parser.add_argument(
         "--gate-init",
         choices=("open", "normal"),
-        default="open",
         help="open: every gate starts at 1 and the model computes what it did (default); normal: random weights",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="write the weights in this dtype (default: as they are)",
+    )
+    parser.add_argument("--max-shard-size", help="write the weights in shards of at most this size, such as 5GB")
+    parser.add_argument(
+        "--link",
+        action="store_true",
+        help="link to the source's weights instead of copying them: no time and no space, but they are then the same "
+        "bytes, so do not write to the source's files in place (default: copy)",
     )
     verify = parser.add_mutually_exclusive_group()
     verify.add_argument(
@@ -45,6 +57,9 @@ def run(args: argparse.Namespace) -> None:
         gate_scale=args.gate_scale,
         gate_bias=args.gate_bias,
         gate_init=args.gate_init,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size,
+        link=args.link,
         verify=args.verify,
         force=args.force,
         progress=not args.quiet,
@@ -52,10 +67,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(result.to_json())
     elif not args.quiet:
-        share = result.gate_parameters / result.source_parameters
+        share = result.gate_parameters / result.other_parameters
         print(f"{result.source} ({result.source_model_type}) -> {result.output}")
         print(f"  gates     {result.gate_type}, {result.gate_parameters:,} parameters (+{share:.2%})")
-        print(f"  carried   {result.carried_bytes / 1e6:,.1f} MB of weights; {', '.join(result.carried) or 'no files'}")
+        print(f"  carried   {result.carried_bytes / 1e6:,.1f} MB of weights as they are; {', '.join(result.carried)}")
         if result.left_behind:
             print(f"  left      {', '.join(result.left_behind)}")
         print(f"  verified  {result.verification or 'no'}")

@@ -1,7 +1,8 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Write a gated checkpoint in a format that others read.
 
---to base: as the Llama, Mistral or Qwen checkpoint it was converted from, while its gates are open.
+base: the Llama, Mistral or Qwen checkpoint it was converted from, while its gates are open. qwen3_5: Transformers' own
+Qwen3.5 text model, for what has QK norm; runs without custom code. official: the paper authors' layout.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a gated checkpoint: a folder, or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
-    parser.add_argument("--to", choices=("base",), default="base", help="the format (default: base)")
+    parser.add_argument("--to", choices=("base", "qwen3_5", "official"), required=True, help="the format")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not run source and result")
     parser.add_argument("--force", action="store_true", help="replace an output that is not empty")
@@ -34,8 +35,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(result.to_json())
     elif not args.quiet:
-        print(f"{result.source} -> {result.output} ({result.model_type})")
+        print(f"{result.source} -> {result.output} ({result.architecture})")
         print(f"  verified  {result.verification or 'no'}")
+        if result.in_own_dtype:
+            print(f"  measured  {result.in_own_dtype}")
 
 
 if __name__ == "__main__":

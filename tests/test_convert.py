@@ -1,8 +1,10 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Conversion of folders as they are published: nothing rewritten, nothing lost, nothing half done."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,11 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import gated_llama.checkpoint
 import gated_llama.convert
+import gated_llama.shards
 import modeling_gated
 from configuration_gated import AUTO_MAP
 from gated_llama import UserError, VerificationError, convert_checkpoint
+from gated_llama.checkpoint import copy_file
 from hub import local_hub
 from tiny import VARIANTS, published, source_model, token_ids, write_shards
 
@@ -286,7 +289,7 @@ def test_index_cannot_leave_the_folder(source, tmp_path, shard):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "'gpt2', which is not supported: llama, mistral, qwen2, qwen3 are"),
+        ({"model_type": "gpt2"}, "'gpt2', which is not supported: llama, mistral, qwen2, qwen3, gated_llama are"),
         ({"model_type": "DROP"}, "model_type None"),
         ({"architectures": ["LlamaForCausalLMEagle"]}, "LlamaForCausalLMEagle"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
@@ -382,7 +385,7 @@ def test_a_failure_with_force_puts_the_old_output_back(source, tmp_path, monkeyp
         rename = Path.rename
         monkeypatch.setattr(Path, "rename", lambda self, to: fail() if ".partial" in self.name else rename(self, to))
     else:
-        name = {"copying": "save_file", "verifying": "verify_conversion"}[moment]
+        name = {"copying": "write_index", "verifying": "verify"}[moment]
         monkeypatch.setattr(gated_llama.convert, name, fail)
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
         convert(source, output, force=True, gate_type="elementwise")
@@ -419,17 +422,15 @@ def test_a_flipped_bit_fails_verification_and_leaves_nothing(source, tmp_path, m
             content[-100] ^= 0x40
         write.write_bytes(content)
 
-    monkeypatch.setattr(gated_llama.checkpoint, "copy_file", copy_wrongly)
+    monkeypatch.setattr(gated_llama.shards, "copy_file", copy_wrongly)
     with pytest.raises(VerificationError, match="differ"):
         convert(source, tmp_path / "gated")
     assert {path.name for path in tmp_path.iterdir()} == {"Tiny-Llama"}
 
 
 def test_gates_that_are_not_open_fail_verification(source, tmp_path, monkeypatch):
-    make = gated_llama.convert._make_gates
-    monkeypatch.setattr(
-        gated_llama.convert, "_make_gates", lambda *a: {key: gate + 1e-2 for key, gate in make(*a).items()}
-    )
+    make = gated_llama.convert._new_gate
+    monkeypatch.setattr(gated_llama.convert, "_new_gate", lambda *arguments: make(*arguments) + 1e-2)
     with pytest.raises(VerificationError, match="is allowed"):
         convert(source, tmp_path / "gated")
 
@@ -470,6 +471,151 @@ def test_verifies_unless_memory_is_short(source, tmp_path, monkeypatch):
     monkeypatch.setattr(gated_llama.convert.psutil, "virtual_memory", lambda: available)
     assert convert(source, tmp_path / "small").verification is None
     assert convert(source, tmp_path / "asked", verify=True).verification.exact
+
+
+# --- a gated checkpoint again ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A converted checkpoint whose gates have been trained, and saved as save_pretrained does: all in one file."""
+    source = published(tmp_path / "Tiny-Llama", source_model("llama"))
+    convert(source, tmp_path / "open")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "open")
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.attn_gate.proj.weight, std=0.3)
+    model.save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+@pytest.mark.parametrize(
+    ("settings", "exact"),
+    [({}, True), ({"gate_type": "elementwise"}, False), ({"gate_bias": True}, False)],
+    ids=["as it is", "elementwise", "bias"],
+)
+def test_a_gated_checkpoint_keeps_what_its_gates_do(trained, tmp_path, settings, exact):
+    result = convert(trained, tmp_path / "again", **settings)
+    assert result.source_layout == "gated" and result.verification.max_difference <= result.verification.bound
+    assert result.verification.exact or not exact
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (trained, tmp_path / "again"))
+    old, new = (model.model.layers[1].self_attn.attn_gate.proj for model in (before, after))
+    expected = old.weight.repeat_interleave(6, 0) if "gate_type" in settings else old.weight
+    assert torch.equal(new.weight, expected)
+    assert (new.bias is None) == ("gate_bias" not in settings)
+    with torch.no_grad():
+        torch.testing.assert_close(before(token_ids()).logits, after(token_ids()).logits, rtol=1e-4, atol=1e-5)
+    assert after.config.conversion["source_model_type"] == "llama"  # so that it still knows its base
+    assert (tmp_path / "again" / "model-gates.safetensors").exists()
+
+
+def test_gates_in_a_shard_of_their_own_are_carried(trained, tmp_path):
+    convert(trained, tmp_path / "one")
+    result = convert(tmp_path / "one", tmp_path / "two")
+    shards = {name: digest for name, digest in hashes(tmp_path / "one").items() if name.endswith(".safetensors")}
+    assert len(shards) == 2 and shards.items() <= hashes(tmp_path / "two").items()
+    assert result.carried_bytes == sum((tmp_path / "one" / name).stat().st_size for name in shards)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gate_scale": 1.5, "gate_bias": True}, {"gate_init": "normal"}, {"gate_type": "headwise"}], ids=str
+)
+def test_what_trained_gates_cannot_become_is_refused(trained, tmp_path, settings):
+    if settings == {"gate_type": "headwise"}:
+        convert(trained, tmp_path / "wide", gate_type="elementwise")
+        trained = tmp_path / "wide"
+    with pytest.raises(UserError, match="cannot express"):
+        convert(trained, tmp_path / "again", **settings)
+
+
+# --- other dtypes and shards, links ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtype_rewrites_every_weight(source, tmp_path, dtype):
+    result = convert(source, tmp_path / "gated", dtype=dtype, gate_type="elementwise")
+    assert result.verification.exact and result.verification.dtype == dtype  # of the source, loaded in that dtype
+    tensors = {}
+    for path in (tmp_path / "gated").glob("*.safetensors"):
+        tensors |= load_file(path)
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}"}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in model.state_dict().items())
+    assert AutoConfig.from_pretrained(tmp_path / "gated").dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("size", ["8KB", 20_000, "1GB"])
+def test_max_shard_size(source, tmp_path, size):
+    result = convert(source, tmp_path / "gated", max_shard_size=size)
+    assert result.verification.exact
+    limit = {"8KB": 8000, "1GB": 10**9}.get(size, size)
+    index = json.loads((tmp_path / "gated" / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = sorted(set(index.values()) - {"model-gates.safetensors"})
+    assert len(shards) > 3 if limit < 10**9 else len(shards) == 1
+    for number, shard in enumerate(shards, 1):
+        assert shard == f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = load_file(tmp_path / "gated" / shard)
+        assert sum(t.nbytes for t in tensors.values()) <= limit or len(tensors) == 1
+        assert all(index[key] == shard for key in tensors)
+    expected = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    actual = AutoModelForCausalLM.from_pretrained(tmp_path / "gated").state_dict()
+    assert all(torch.equal(tensor, actual[key]) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"dtype": "int8"}, "no dtype"), ({"max_shard_size": "5 pounds"}, "no shard size")]
+)
+def test_wrong_dtype_and_size_are_refused(source, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        convert(source, tmp_path / "gated", **settings)
+
+
+def test_links_share_the_bytes_and_the_source_stays(source, tmp_path):
+    before = hashes(source)
+    convert(source, tmp_path / "gated", link=True)
+    for name in before:
+        if name.endswith(".safetensors"):
+            assert (source / name).samefile(tmp_path / "gated" / name)
+    assert not (source / "tokenizer.json").samefile(tmp_path / "gated" / "tokenizer.json")
+    convert(source, tmp_path / "gated", link=True, force=True)
+    shutil.rmtree(tmp_path / "gated")
+    assert hashes(source) == before
+
+
+def test_links_to_the_hub_cache_and_across_filesystems_are_symbolic(source, tmp_path, monkeypatch):
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in source.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    convert(snapshot, tmp_path / "one", link=True)
+
+    def refuse(*args):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    convert(source, tmp_path / "two", link=True)
+    for output in ("one", "two"):
+        link = tmp_path / output / "model-00001-of-00002.safetensors"
+        assert link.is_symlink() and link.resolve() == source / link.name
+
+
+@pytest.mark.parametrize("error", [errno.EXDEV, errno.EINVAL, errno.ENOSYS])
+def test_copying_falls_back_where_the_kernel_cannot(source, tmp_path, monkeypatch, error):
+    """The second call fails, as between filesystems that share some bytes: copying goes on where it stopped."""
+    calls = []
+    real = os.copy_file_range
+
+    def sometimes(read, write, count):
+        calls.append(count)
+        if len(calls) > 1:
+            raise OSError(error, "no")
+        return real(read, write, 1000)
+
+    monkeypatch.setattr("os.copy_file_range", sometimes)
+    heard = []
+    shard = source / "model-00001-of-00002.safetensors"
+    copy_file(shard, tmp_path / "copy", heard.append)
+    assert (tmp_path / "copy").read_bytes() == shard.read_bytes()
+    assert heard[0] == 1000 and sum(heard) == shard.stat().st_size
 
 
 # --- the card -------------------------------------------------------------------------------------------------------
