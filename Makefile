@@ -5,7 +5,7 @@ PYTEST = env OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py
 
-.PHONY: demo test test-newest test-oldest style bench check-real-shapes check-parallel
+.PHONY: demo test test-newest test-oldest style bench check-big check-real-shapes check-parallel
 
 demo: .venv/installed
 	.venv/bin/python scripts/run_demo.py
@@ -23,9 +23,15 @@ style: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+bench: .venv/installed
+	.venv/bin/python benchmarks/bench_convert.py
+
 # Slow, or in need of more than a bare machine: run by hand, with the outcome in LOG.md.
 check-real-shapes: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_real_shapes.py
+
+check-big: .venv/installed
+	.venv/bin/python -m pytest -s tests/check_big.py
 
 check-parallel: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_parallel.py

@@ -41,7 +41,8 @@ from gated_llama.checkpoint import (
 from gated_llama.errors import UserError
 from gated_llama.families import Origin, gate_settings, gated_config, recognise
 from gated_llama.shards import DTYPE_NAMES, DTYPES, Recipe, carried, split_by_size, write_index, write_shards
-from gated_llama.verify import Verification, verify
+from gated_llama.verify import Verification
+from gated_llama.verify import verify as compare
 
 
 SINGLE_SHARD = "model-00001-of-00001.safetensors"  # a file called model.safetensors hides the index beside it
@@ -65,7 +66,7 @@ class ConversionResult:
     gate_init: str
     gate_parameters: int
     other_parameters: int
-    carried_bytes: int  # of shards that were carried over whole
+    carried_bytes: int = 0  # of shards that were carried over whole
     dtype: str | None = None  # if the weights were written in another
     max_shard_size: str | int | None = None
     carried: list[str] = field(default_factory=list)  # other files
@@ -120,22 +121,30 @@ def convert_checkpoint(
     origin = recognise(checkpoint.config, where)
     asked = {"gate_type": gate_type, "gate_scale": gate_scale, "gate_bias": gate_bias, "gate_init": gate_init}
     settings = gate_settings(origin, asked, where)
-    earlier = getattr(origin.config, "conversion", None) or {}
-    record = {
-        "source": found.name,
-        "revision": found.revision,
-        "source_model_type": earlier.get("source_model_type", origin.model_type),
-        "source_layout": origin.layout,
-        "gated_llama_version": __version__,
-        **settings,
-    }
     config = gated_config(origin, settings, where=where)
     if dtype is not None:
         config.dtype = _torch_dtype(dtype)
     recipes = _recipes(checkpoint, origin, config, None if dtype is None else DTYPE_NAMES[config.dtype])
     if max_shard_size is not None:
         recipes = split_by_size(recipes, _bytes(max_shard_size), keep=GATES_NAME)
-    should_verify = _fits_in_memory(checkpoint) if verify is None else verify
+    if verify is None:
+        verify = _fits_in_memory(checkpoint)
+    sizes = {key: math.prod(recipe.info.shape) for key, recipe in recipes.items()}
+    gates = sum(size for key, size in sizes.items() if is_gate(key))
+    result = ConversionResult(
+        output=str(output),
+        source=found.name,
+        revision=found.revision,
+        source_model_type=origin.model_type,
+        source_layout=origin.layout,
+        **settings,
+        gate_parameters=gates,
+        other_parameters=sum(sizes.values()) - gates,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        carried=checkpoint.carried,
+        left_behind=checkpoint.left_behind,
+    )
 
     with new_folder(output, force=force) as folder:
         carried_bytes = write_shards(checkpoint, recipes, folder, link=link, progress=progress)
@@ -144,31 +153,26 @@ def convert_checkpoint(
             copy_file(checkpoint.folder / name, folder / name)
         for module in (configuration_gated, modeling_gated):
             copy_file(Path(module.__file__), folder / Path(module.__file__).name)
-        verification = _verify(checkpoint, origin, config, folder, progress) if should_verify else None
-        sizes = {key: math.prod(recipe.info.shape) for key, recipe in recipes.items()}
-        gates = sum(size for key, size in sizes.items() if is_gate(key))
-        result = ConversionResult(
-            output=str(output),
-            source=found.name,
-            revision=found.revision,
-            source_model_type=origin.model_type,
-            source_layout=origin.layout,
-            **settings,
-            gate_parameters=gates,
-            other_parameters=sum(sizes.values()) - gates,
-            carried_bytes=carried_bytes,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            carried=checkpoint.carried,
-            left_behind=checkpoint.left_behind,
-            verification=verification,
-        )
+        verification = _verify(checkpoint, origin, config, folder, progress) if verify else None
+        result = replace(result, carried_bytes=carried_bytes, verification=verification)
         card = conversion_card(result, found, checkpoint.folder, origin.gated_class.__name__)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        config.conversion = {**record, "verification": verification and asdict(verification)}
+        config.conversion = _record(result, origin)
         # Last of all: without it nothing takes the folder for a checkpoint, whatever happened before.
         (folder / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
     return result
+
+
+def _record(result: ConversionResult, origin: Origin) -> dict:
+    """What config.json keeps of a conversion; of several in a row, the family that it all began with."""
+    names = ("source", "revision", "source_layout", "gate_type", "gate_scale", "gate_bias", "gate_init")
+    earlier = getattr(origin.config, "conversion", None) or {}
+    return {
+        **{name: getattr(result, name) for name in names},
+        "source_model_type": earlier.get("source_model_type", origin.model_type),
+        "gated_llama_version": __version__,
+        "verification": result.verification and asdict(result.verification),
+    }
 
 
 def is_gate(key: str) -> bool:
@@ -315,7 +319,7 @@ def _verify(
         expect = "equal" if config.gate_scale == 2 else "rounding"
     else:
         expect = "reported"
-    return verify(load_source, load_gated, expect, gates_added=origin.layout == "plain", progress=progress)
+    return compare(load_source, load_gated, expect, gates_added=origin.layout == "plain", progress=progress)
 
 
 def _official_reference(checkpoint: Checkpoint, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:

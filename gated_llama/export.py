@@ -37,7 +37,8 @@ from gated_llama.convert import is_gate, load_model, shapes_of
 from gated_llama.errors import UserError
 from gated_llama.families import FAMILIES, base_config, read_gated_config
 from gated_llama.shards import Recipe, carried, write_index, write_shards
-from gated_llama.verify import Verification, verify
+from gated_llama.verify import Verification
+from gated_llama.verify import verify as compare_models
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def export_checkpoint(
             copy_file(checkpoint.folder / name, folder / name)
 
         def compare(dtype: torch.dtype | None, expect: str) -> Verification:
-            return run_verification(
+            return compare_models(
                 partial(target.load, folder, dtype),
                 partial(load_gated, dtype),
                 expect,
@@ -124,9 +125,6 @@ def export_checkpoint(
             in_own = compare(None, "reported") if config.dtype not in (None, torch.float32) else None
         (folder / CONFIG_NAME).write_text(json.dumps(target.config, indent=2) + "\n", encoding="utf-8")
     return ExportResult(str(output), found.name, to, target.config["architectures"][0], in_fp32, in_own)
-
-
-run_verification = verify  # the name is an argument above
 
 
 def _without_gates(checkpoint: Checkpoint) -> dict[str, Recipe]:

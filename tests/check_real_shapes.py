@@ -7,6 +7,7 @@ loaded, generated from, compared to the bit. Needs about 8 GB of memory, 10 GB o
 import json
 import random
 import resource
+import shutil
 import sysconfig
 import time
 from pathlib import Path
@@ -235,6 +236,7 @@ def test_published_checkpoint(name, gate_type, tmp_path, tokenizer):
                 seen[-1].append(model(ids, logits_to_keep=33, use_cache=False).logits)
         del model
     assert all(map(torch.equal, *seen))
+    shutil.rmtree(tmp_path)
     print(
         f"\n{name} {gate_type}: {result.source_parameters:,} + {result.gate_parameters:,} parameters, converted and "
         f"verified in {seconds:.1f} s; equal to the bit; peak memory so far "

@@ -385,7 +385,7 @@ def test_a_failure_with_force_puts_the_old_output_back(source, tmp_path, monkeyp
         rename = Path.rename
         monkeypatch.setattr(Path, "rename", lambda self, to: fail() if ".partial" in self.name else rename(self, to))
     else:
-        name = {"copying": "write_index", "verifying": "verify"}[moment]
+        name = {"copying": "write_index", "verifying": "compare"}[moment]
         monkeypatch.setattr(gated_llama.convert, name, fail)
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
         convert(source, output, force=True, gate_type="elementwise")
