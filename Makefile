@@ -5,7 +5,7 @@ PYTEST = env OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py
 
-.PHONY: demo test test-newest test-oldest style bench check-big check-real-shapes check-parallel
+.PHONY: demo test test-newest test-oldest style bench check-big check-gpu check-parallel check-quantized-cache check-real-shapes
 
 demo: .venv/installed
 	.venv/bin/python scripts/run_demo.py
@@ -33,6 +33,12 @@ check-real-shapes: .venv/installed
 check-big: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_big.py
 
+check-gpu: .venv/installed
+	.venv/bin/python -m pytest -s tests/check_gpu.py
+
+check-quantized-cache: .venv-quantized/installed
+	.venv-quantized/bin/python -m pytest -s -W ignore::DeprecationWarning tests/check_quantized_cache.py
+
 check-parallel: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_parallel.py
 
@@ -44,4 +50,9 @@ check-parallel: .venv/installed
 .venv-oldest/installed: setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet -c constraints.txt -c constraints-oldest.txt --editable '.[dev]'
+	touch $@
+
+.venv-quantized/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-quantized
+	.venv-quantized/bin/pip install --quiet -c constraints.txt --editable '.[dev]' hqq optimum-quanto
 	touch $@

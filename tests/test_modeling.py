@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import modeling_gated
 from configuration_gated import AUTO_MAP
+from gated_llama.families import GATE_DEFAULTS, recognise
 from gated_llama.families import gated_config as config_of
-from gated_llama.families import recognise
 from modeling_gated import AttentionGate, GatedLlamaForCausalLM, GatedLlamaModel
 from tiny import VARIANTS, gated_config, gated_model, left_padding, published, source_model, tiny_tokenizer, token_ids
 
@@ -27,7 +27,7 @@ HEADS = list(modeling_gated.AUTO_CLASSES.values())
 def as_gated(source, **gate_settings):
     """The same weights in our class, gates as they start."""
     origin = recognise(source.config.to_dict() | {"architectures": [type(source).__name__]}, "test")
-    model = origin.gated_class(config_of(origin, where="test", **gate_settings))
+    model = origin.gated_class(config_of(origin, GATE_DEFAULTS | gate_settings, where="test"))
     model.load_state_dict(source.state_dict(), strict=False)
     return model.to(source.dtype).eval()
 
