@@ -13,12 +13,14 @@ with a cache. Then:
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from gated_llama.errors import VerificationError
 from modeling_gated import AttentionGate
@@ -74,7 +76,7 @@ def verify(
     Raises:
         VerificationError: they do not compute the same, or the negative control shows no difference.
     """
-    with tqdm(total=3, desc="verifying", unit="run", disable=not progress) as bar:
+    with _no_bars_of_transformers(), tqdm(total=3, desc="verifying", unit="run", disable=not progress) as bar:
         other = load_other().eval()
         expected, tokens = _observe(other), _generate(other) if greedy else None
         dtype = str(other.dtype).removeprefix("torch.")
@@ -116,6 +118,17 @@ def verify(
     if not result.control_difference > 0:
         raise VerificationError("moving the gates changed no output, so equal outputs prove nothing.")
     return result
+
+
+@contextmanager
+def _no_bars_of_transformers():
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()

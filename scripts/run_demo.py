@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
     heading(2, "Conversion: gates are added, nothing changes")
     result = convert_checkpoint(base, gated)
-    print(f"{result.gate_parameters:,} gate parameters beside {result.source_parameters:,}; {result.verification}")
+    print(f"{result.gate_parameters:,} gate parameters beside {result.other_parameters:,}; {result.verification}")
 
     heading(3, "The gates are fine-tuned, everything else stays")
     model = AutoModelForCausalLM.from_pretrained(gated)

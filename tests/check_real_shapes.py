@@ -238,7 +238,7 @@ def test_published_checkpoint(name, gate_type, tmp_path, tokenizer):
     assert all(map(torch.equal, *seen))
     shutil.rmtree(tmp_path)
     print(
-        f"\n{name} {gate_type}: {result.source_parameters:,} + {result.gate_parameters:,} parameters, converted and "
+        f"\n{name} {gate_type}: {result.other_parameters:,} + {result.gate_parameters:,} parameters, converted and "
         f"verified in {seconds:.1f} s; equal to the bit; peak memory so far "
         f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
     )

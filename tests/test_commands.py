@@ -55,9 +55,9 @@ def test_convert_prints_what_it_did(tmp_path):
     done = command("convert", source, tmp_path / "gated", "--gate-type", "elementwise")
     assert done.returncode == 0, done.stderr
     assert "equal to the bit in float32" in done.stdout and "elementwise" in done.stdout
-    assert "model.safetensors" in done.stderr and "Traceback" not in done.stderr  # the progress bar
+    assert "model-00001-of-00001.safetensors" in done.stderr and "Traceback" not in done.stderr  # the progress bar
     again = command("convert", source, tmp_path / "gated", "--quiet", "--force")
-    assert (again.returncode, again.stdout) == (0, "")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     as_json = command("convert", source, tmp_path / "json", "--json", "--no-verify")
     result = json.loads(as_json.stdout)
     assert (result["gate_type"], result["verification"]) == ("headwise", None)
