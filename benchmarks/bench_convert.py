@@ -1,10 +1,11 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 What a conversion costs: against `cp -r` of the same folder, and against the way people do it now, `from_pretrained` and
-`save_pretrained`. Pairs are run interleaved on the same disk; each result is first proved right. Writes a table for
-people and one JSON line to benchmarks/results/.
+`save_pretrained`. Pairs are run interleaved on one disk, once each result has proved right. `cp -r` is compared with
+the conversion beyond start-up (inside one process, after its imports); everything else is timed as whole processes.
+Writes a table for people and one JSON line to benchmarks/results/.
 
-    python benchmarks/bench_convert.py [--gigabytes 2.8] [--pairs 7]
+    python benchmarks/bench_convert.py [--gigabytes 2.8] [--pairs 15] [--rounds 5]
 """
 
 import argparse
@@ -18,14 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gated_llama.convert import shapes_of
+from gated_llama.convert import convert_checkpoint, shapes_of
+from measured import run_measured
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,17 +73,17 @@ def write_checkpoint(folder: Path, gigabytes: float, shard_bytes: int = 10**9) -
     (folder / "config.json").write_text(config.to_json_string())
 
 
-def run(command: list[str], output: Path) -> tuple[float, float]:
-    """Seconds and peak memory in MB of one process, which writes `output` anew."""
+def fresh(output: Path) -> None:
+    """Nothing there, and nothing of the last run left for the next one to flush."""
     shutil.rmtree(output, ignore_errors=True)
-    os.sync()  # what was written before is not this one's to flush
+    os.sync()
+    time.sleep(1)
+
+
+def seconds_of(function, *args, **settings) -> float:
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{' '.join(map(str, command))} failed")
-    return seconds, usage.ru_maxrss / 1024
+    function(*args, **settings)
+    return time.perf_counter() - started
 
 
 def digest(path: Path) -> str:
@@ -101,7 +105,8 @@ def summary(values: list[float]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.8, help="size of the checkpoint (default: 2.8)")
-    parser.add_argument("--pairs", type=int, default=7, help="interleaved runs of each (default: 7)")
+    parser.add_argument("--pairs", type=int, default=15, help="interleaved pairs with cp -r (default: 15)")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of whole processes (default: 5)")
     parser.add_argument("--folder", help="where to work (default: the system's temporary folder)")
     args = parser.parse_args()
 
@@ -111,46 +116,55 @@ def main() -> None:
         write_checkpoint(work / "source", args.gigabytes)
         source, output = work / "source", work / "output"
         size = sum(path.stat().st_size for path in source.iterdir())
+        copying = {
+            "cp -r": lambda: subprocess.run(["cp", "-r", source, output], check=True),
+            "convert": lambda: convert_checkpoint(source, output, verify=False, progress=False),
+        }
         commands = {
             "start-up (a tiny checkpoint)": [*CONVERT, work / "tiny", output],
-            "cp -r": ["cp", "-r", source, output],
             "convert": [*CONVERT, source, output],
             "convert --link": [*CONVERT, "--link", source, output],
             "load and save": [sys.executable, "-c", LOAD_AND_SAVE, source, output],
         }
         for kind in ("convert", "convert --link"):  # and it warms the page cache, for all alike
-            run(commands[kind], output)
+            fresh(output)
+            run_measured(commands[kind])
             check(source, output)
-        seconds = {kind: [] for kind in commands}
-        memory = {kind: [] for kind in commands}
-        for pair in range(args.pairs):
-            for kind in [*commands][pair % len(commands) :] + [*commands][: pair % len(commands)]:  # rotating order
-                taken, peak = run(commands[kind], output)
+        seconds, memory, pairs = ({kind: [] for kind in kinds} for kinds in (commands, commands, copying))
+        for number in tqdm(range(args.pairs), desc="pairs"):
+            for kind in sorted(copying, reverse=number % 2 == 1):
+                fresh(output)
+                pairs[kind].append(seconds_of(copying[kind]))
+        for number in tqdm(range(args.rounds), desc="rounds"):
+            turn = number % len(commands)
+            for kind in [*commands][turn:] + [*commands][:turn]:
+                fresh(output)
+                taken, peak = run_measured(commands[kind])
                 seconds[kind].append(taken)
                 memory[kind].append(peak)
-                print(f"\rround {pair + 1} of {args.pairs}: {kind:30}", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
 
-    start_up = statistics.median(seconds["start-up (a tiny checkpoint)"])
-    ratios = [(c - start_up) / cp for c, cp in zip(seconds["convert"], seconds["cp -r"], strict=True)]
-    noise = [b / a for a, b in zip(seconds["cp -r"], seconds["cp -r"][1:], strict=False)]
-    against_saving = [c / s for c, s in zip(seconds["convert"], seconds["load and save"], strict=True)]
-    print(f"{size / 1e9:.2f} GB, {args.pairs} interleaved rounds\n")
-    print(f"{'':30}{'seconds':>9}{'q25':>8}{'q75':>8}{'peak MB':>9}")
+    copy_ratio = summary([ours / theirs for ours, theirs in zip(pairs["convert"], pairs["cp -r"], strict=True)])
+    noise = summary([later / one for one, later in pairwise(pairs["cp -r"])])
+    saving_ratio = summary([c / s for c, s in zip(seconds["convert"], seconds["load and save"], strict=True)])
+    print(f"{size / 1e9:.2f} GB\n\n{'whole processes':30}{'seconds':>9}{'q25':>8}{'q75':>8}{'peak MiB':>10}")
     for kind in commands:
         row = summary(seconds[kind])
-        print(f"{kind:30}{row['median']:9.2f}{row['q25']:8.2f}{row['q75']:8.2f}{max(memory[kind]):9.0f}")
-    copy_ratio, saving_ratio = summary(ratios), summary(against_saving)
-    print(f"\n(convert - start-up) / cp -r   {copy_ratio['median']:.3f} (goal: at most 1.10)")
-    print(f"cp -r / the cp -r before it    {summary(noise)['median']:.3f} (the noise)")
-    print(f"convert / load and save        {saving_ratio['median']:.3f}")
+        print(f"{kind:30}{row['median']:9.2f}{row['q25']:8.2f}{row['q75']:8.2f}{max(memory[kind]):10.0f}")
+    print(f"\n{'ratios, pairwise':30}{'median':>9}{'q25':>8}{'q75':>8}")
+    for kind, row in (
+        ("convert / cp -r (goal 1.10)", copy_ratio),
+        ("cp -r / cp -r (the noise)", noise),
+        ("convert / load and save", saving_ratio),
+    ):
+        print(f"{kind:30}{row['median']:9.3f}{row['q25']:8.3f}{row['q75']:8.3f}")
     record = {
         "benchmark": "convert",
         "bytes": size,
         "seconds": {kind: summary(values) for kind, values in seconds.items()},
-        "peak_mb": {kind: max(values) for kind, values in memory.items()},
+        "peak_mib": {kind: max(values) for kind, values in memory.items()},
+        "copying_seconds": {kind: summary(values) for kind, values in pairs.items()},
         "ratio_to_cp": copy_ratio,
-        "noise_of_cp": summary(noise),
+        "noise_of_cp": noise,
         "ratio_to_load_and_save": saving_ratio,
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {

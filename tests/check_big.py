@@ -5,17 +5,15 @@ the source takes no room on disk; the output takes 30 GB, and goes when the chec
 """
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import time
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gated_llama.checkpoint import read_checkpoint
 from gated_llama.convert import shapes_of
+from measured import run_measured
 
 
 LAYERS = 68  # of 436 MB each in bf16
@@ -61,14 +59,10 @@ def test_memory_is_independent_of_size(tmp_path, options):
     size = read_checkpoint(tmp_path / "source").size()
     assert size > 29e9
     command = [sys.executable, "-m", "gated_llama.scripts.cli", "convert", tmp_path / "source", tmp_path / "gated"]
-    started = time.monotonic()
-    process = subprocess.Popen([*command, "--no-verify", "--quiet", *options])
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds, peak = time.monotonic() - started, usage.ru_maxrss / 1024
-    assert status == 0
+    seconds, peak = run_measured([*command, "--no-verify", "--quiet", *options])
     assert {key: info.shape for key, info in read_checkpoint(tmp_path / "source").tensors.items()}.items() <= {
         key: info.shape for key, info in read_checkpoint(tmp_path / "gated").tensors.items()
     }.items()
     shutil.rmtree(tmp_path)
-    print(f"\n{size / 1e9:.1f} GB {options}: {seconds:.1f} s, {peak:.0f} MB resident at most")
+    print(f"\n{size / 1e9:.1f} GB {options}: {seconds:.1f} s, {peak:.0f} MiB resident at most")
     assert peak < LIMIT_MB
