@@ -35,6 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     return run(parser.parse_args(argv))
 
 
+def add_writing_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that makes one checkpoint of another."""
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
+    parser.add_argument("--force", action="store_true", help="replace an output that is not empty")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, and nothing on stdout")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON on stdout")
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the chosen command: 0 done; 1 a verification failed; 2 the input or the environment is at fault."""
     from gated_llama.errors import UserError, VerificationError

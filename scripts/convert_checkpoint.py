@@ -9,11 +9,12 @@ gates, ours or in the paper authors' layout, keep them.
 import argparse
 import sys
 
+from gated_llama.scripts.cli import add_writing_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a folder with safetensors weights, or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
-    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument(
         "--gate-type", choices=("headwise", "elementwise"), help="one gate a head (default) or one a channel"
     )
@@ -41,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", default=None, help="run source and result (default: if memory suffices)"
     )
     verify.add_argument("--no-verify", action="store_false", dest="verify", help="do not run them; the card says so")
-    parser.add_argument("--force", action="store_true", help="replace an output that is not empty")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars, and nothing on stdout")
-    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON on stdout")
+    add_writing_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,16 +8,15 @@ Qwen3.5 text model, for what has QK norm; runs without custom code. official: th
 import argparse
 import sys
 
+from gated_llama.scripts.cli import add_writing_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a gated checkpoint: a folder, or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
     parser.add_argument("--to", choices=("base", "qwen3_5", "official"), required=True, help="the format")
-    parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not run source and result")
-    parser.add_argument("--force", action="store_true", help="replace an output that is not empty")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars, and nothing on stdout")
-    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON on stdout")
+    add_writing_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

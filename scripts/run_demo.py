@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
     from gated_llama.finetune import held_out_loss, token_blocks, train, train_only_gates
     from gated_llama.scripts.inspect_model import print_gates
 
-    if args.output.exists():
-        shutil.rmtree(args.output)
     base, gated, tuned = (args.output / name for name in ("base", "gated", "gated-tuned"))
+    for folder in (base, gated, tuned):
+        shutil.rmtree(folder, ignore_errors=True)
 
     heading(1, "A small Llama learns from the Python standard library")
     texts = standard_library()
