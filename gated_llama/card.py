@@ -58,7 +58,7 @@ before `o_proj` ([Qiu et al., 2025](https://arxiv.org/abs/2505.06708)). {{ weigh
 
 ## How it is loaded
 
-With the package (`pip install gated-llama`), which needs no remote code:
+With the gated-llama package installed, which needs no remote code:
 
 ```python
 import modeling_gated  # registers the Auto classes
