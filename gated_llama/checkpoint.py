@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from safetensors import SafetensorError, safe_open
 
-from gated_llama.errors import UserError
+from gated_llama.errors import UserError, first_line
 
 
 CONFIG_NAME = "config.json"
@@ -130,8 +130,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Sourc
             wanted = None  # whatever the cache holds
         path = snapshot_download(source, revision=revision, allow_patterns=wanted)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source} is no local folder, and the Hub did not give it: {reason}") from error
+        raise UserError(f"{source} is no local folder, and the Hub did not give it: {first_line(error)}") from error
     return Source(Path(path), str(source), Path(path).name, on_hub=True)
 
 

@@ -8,3 +8,9 @@ class UserError(Exception):
 
 class VerificationError(Exception):
     """A result did not prove to be what it must be, so it was not kept (exit code 1)."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says in its first line, for a sentence of ours; its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

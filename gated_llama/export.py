@@ -95,11 +95,6 @@ def export_checkpoint(
         raise UserError(f"{checkpoint.folder} has no tensor {missing[0]}, which its config needs.")
     target = TARGETS[to](checkpoint, config)
 
-    def load_gated(dtype: torch.dtype | None) -> PreTrainedModel:
-        own = deepcopy(config)
-        own.dtype = dtype or config.dtype
-        return load_model(gated_class, checkpoint.folder, own)
-
     with new_folder(output, force=force) as folder:
         write_shards(checkpoint, target.recipes, folder, progress=progress)
         if {recipe.info.file for recipe in target.recipes.values()} != {WEIGHTS_NAME}:
@@ -110,7 +105,7 @@ def export_checkpoint(
         def compare(dtype: torch.dtype | None, expect: str) -> Verification:
             return compare_models(
                 partial(target.load, folder, dtype),
-                partial(load_gated, dtype),
+                partial(_load, gated_class, config, checkpoint.folder, dtype),
                 expect,
                 gates_added=target.gates_added,
                 greedy=expect == "rounding" and gated_class.can_generate(),
@@ -238,9 +233,7 @@ def _load_official(
     folder: Path,
     dtype: torch.dtype | None,
 ) -> PreTrainedModel:
-    own = deepcopy(config)
-    own.dtype = dtype or config.dtype
-    model = load_model(modeling_gated.GatedLlamaForCausalLM, checkpoint.folder, own)
+    model = _load(modeling_gated.GatedLlamaForCausalLM, config, checkpoint.folder, dtype)
     for name, module in model.named_modules():
         if isinstance(module, modeling_gated.GatedLlamaAttention):
             read = partial(_read, recipes, folder, model.dtype)

@@ -6,7 +6,7 @@ import os
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_gated  # noqa: F401  (registers the Auto classes)
-from gated_llama.errors import UserError
+from gated_llama.errors import UserError, first_line
 
 
 def load(source: str | os.PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -17,5 +17,6 @@ def load(source: str | os.PathLike) -> tuple[PreTrainedModel, PreTrainedTokenize
     try:
         return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source} cannot be loaded as a causal language model with a tokenizer: {reason}") from error
+        raise UserError(
+            f"{source} cannot be loaded as a causal language model with a tokenizer: {first_line(error)}"
+        ) from error

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from gated_llama.checkpoint import CONFIG_NAME, INDEX_NAME, read_checkpoint
-from gated_llama.errors import UserError
+from gated_llama.errors import UserError, first_line
 from gated_llama.families import read_gated_config
 
 
@@ -62,6 +62,5 @@ def publish(
             commit_message="Upload a gated-llama checkpoint",
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the Hub did not take {repository}: {reason}") from error
+        raise UserError(f"the Hub did not take {repository}: {first_line(error)}") from error
     return commit.pr_url or commit.commit_url
