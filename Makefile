@@ -49,7 +49,7 @@ check-parallel: .venv/installed
 
 .venv-oldest/installed: setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet -c constraints.txt -c constraints-oldest.txt --editable '.[dev]'
+	.venv-oldest/bin/pip install --quiet -c constraints.txt -c constraints-oldest.txt --editable '.[test]'
 	touch $@
 
 .venv-quantized/installed: setup.cfg pyproject.toml constraints.txt

@@ -2,7 +2,8 @@
 """Configuration of GatedLlama: a dense Llama-like decoder whose attention output passes a gate."""
 
 import math
-from typing import Literal
+from copy import deepcopy
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -17,6 +18,9 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_gated.GatedLlamaForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_gated.GatedLlamaForQuestionAnswering",
 }
+# What quantizers leave as it is: their own default, the head's last layer, and the gates, whose few weights decide over
+# whole heads. They match names from the first letter on, so that "attn_gate" alone would match nothing.
+UNQUANTIZED = ["lm_head", "score", "qa_outputs", r".*\.attn_gate\..*"]
 
 
 @strict
@@ -41,6 +45,9 @@ class GatedLlamaConfig(LlamaConfig):
             How gates start that no checkpoint holds. `"open"`: every gate is 1 (zero weights, bias logit(1/scale)), so
             the model computes what it computed without them. `"normal"`: weights N(0, `initializer_range`), as in the
             paper's from-scratch training (there with `gate_scale` 1: gates start near one half).
+        gate_strength (`float`, defaults to 1.0):
+            Every gate g acts as 1 + gate_strength · (g − 1): 0 is the model without its gates, 1 the model as trained.
+            `model.set_gate_strength` changes it.
         attention_bias (`bool`, defaults to `False`):
             Whether q, k and v (and o, unless `attention_out_bias` says otherwise) have a bias.
         attention_out_bias (`bool`, *optional*):
@@ -77,6 +84,7 @@ class GatedLlamaConfig(LlamaConfig):
     gate_scale: float | int = 2.0
     gate_bias: bool = False
     gate_init: Literal["open", "normal"] = "open"
+    gate_strength: float | int = 1.0
     attention_out_bias: bool | None = None
     use_qk_norm: bool = False
     sliding_window: int | None = None
@@ -104,6 +112,12 @@ class GatedLlamaConfig(LlamaConfig):
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value: Any):
+        # `from_pretrained` sets the quantization it was asked for before it builds the model.
+        if name == "quantization_config":
+            value = _with_whole_gates(value)
+        super().__setattr__(name, value)
+
     @property
     def open_gate_logit(self) -> float:
         """The logit at which a gate is 1: logit(1 / gate_scale), which is 0 for scale 2."""
@@ -127,6 +141,8 @@ class GatedLlamaConfig(LlamaConfig):
             raise ValueError("layer_types has sliding_attention layers: give sliding_window, the tokens they see.")
         if not (math.isfinite(self.gate_scale) and self.gate_scale > 0):
             raise ValueError(f"gate_scale must be a positive number, not {self.gate_scale}.")
+        if not math.isfinite(self.gate_strength):
+            raise ValueError(f"gate_strength must be a finite number, not {self.gate_strength}.")
         if self.gate_init == "open" and self.gate_scale <= 1:
             raise ValueError(
                 f"gate_init='open' needs gate_scale > 1: with gate_scale={self.gate_scale} no gate reaches 1. "
@@ -137,6 +153,17 @@ class GatedLlamaConfig(LlamaConfig):
                 f"gate_init='open' without a bias needs gate_scale=2.0: zero weights make a gate of gate_scale/2, "
                 f"which is {self.gate_scale / 2:g} here. Use gate_scale=2.0, or gate_bias=True."
             )
+
+
+def _with_whole_gates(quantization_config: Any) -> Any:
+    """A quantization config (an object; the dict of a quantized checkpoint says it all) that leaves the gates alone."""
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes; torchao and others
+        if hasattr(quantization_config, name):
+            asked = getattr(quantization_config, name)
+            quantization_config = deepcopy(quantization_config)  # the caller's own stays as it is
+            skipped = UNQUANTIZED if asked is None else [*asked, *(set(UNQUANTIZED[-1:]) - set(asked))]
+            setattr(quantization_config, name, list(skipped))
+    return quantization_config
 
 
 GatedLlamaConfig.register_for_auto_class()

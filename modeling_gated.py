@@ -70,7 +70,8 @@ except ImportError:
 
 class AttentionGate(nn.Module):
     """
-    The gate values of one layer, `gate_scale · σ(X Wg + bg)`: from hidden states `(B, T, E)` to `(B, T, N·G)`.
+    The gate values of one layer, `gate_scale · σ(X Wg + bg)`, drawn towards 1 where `gate_strength` is not 1: from
+    hidden states `(B, T, E)` to `(B, T, N·G)`.
 
     Its projection is a plain `nn.Linear` inside a sub-module: quantizers, tensor parallelism and PEFT know what to do
     with it, and engines that fuse the linears reading one input still find q, k and v alone.
@@ -79,6 +80,7 @@ class AttentionGate(nn.Module):
     def __init__(self, config: GatedLlamaConfig):
         super().__init__()
         self.scale = config.gate_scale
+        self.strength = config.gate_strength
         self.values_per_head = 1 if config.gate_type == "headwise" else config.head_dim  # G
         self.proj = nn.Linear(
             config.hidden_size, config.num_attention_heads * self.values_per_head, bias=config.gate_bias
@@ -87,7 +89,8 @@ class AttentionGate(nn.Module):
         self.proj.is_attn_gate = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.scale * torch.sigmoid(self.proj(hidden_states))  # (B, T, E) -> (B, T, N·G)
+        gate = self.scale * torch.sigmoid(self.proj(hidden_states))  # (B, T, E) -> (B, T, N·G)
+        return gate if self.strength == 1 else 1 + self.strength * (gate - 1)
 
 
 @use_kernelized_func(apply_rotary_pos_emb)
@@ -185,6 +188,16 @@ class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
                 init.constant_(module.bias, self.config.open_gate_logit)
         else:
             super()._init_weights(module)
+
+    def set_gate_strength(self, strength: float) -> None:
+        """
+        Let every gate g act as 1 + strength · (g − 1): 0 is the model without its gates, 1 the model as trained. It is
+        part of the config, so a saved model keeps it.
+        """
+        self.config.gate_strength = strength
+        for module in self.modules():
+            if isinstance(module, AttentionGate):
+                module.strength = strength
 
 
 @torch.compiler.assume_constant_result  # run while tracing: it takes a lock, which Dynamo cannot trace

@@ -70,6 +70,39 @@ model = {{ auto_class }}.from_pretrained("path or id of this model")
 Without it, `trust_remote_code=True` runs the two Python files beside the weights: read them first.
 """
 
+TRAINED = {
+    "lora": "A LoRA adapter, and the gates trained whole beside it",
+    "gates": "The gates were trained; every other weight is as it was",
+    "full": "All weights were trained",
+}
+FINETUNING_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ what }}: fine-tuned from {{ source }}, a model with gated attention
+([Qiu et al., 2025](https://arxiv.org/abs/2505.06708)), by `gated-llama finetune`.
+
+| | |
+|---|---|
+| parameters | {{ result.parameters }} |
+| data | {{ result.data }} |
+| steps | {{ result.steps }} |
+{% if losses %}| held-out loss, nats per token | {{ losses }} |
+{% endif %}
+{{ result.verdict }}
+
+## How it is loaded
+
+```python
+import modeling_gated  # from the gated-llama package: registers the Auto classes
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path or id of this repository")
+```
+"""
+
 
 def conversion_card(result, source: Source, source_folder: Path, architecture: str) -> str:
     """
@@ -134,3 +167,33 @@ def _command(result) -> str:
     if result.verification is None:
         words += ["--no-verify"]
     return shlex.join(words)
+
+
+def finetuning_card(result, source: Source) -> str:
+    """
+    Args:
+        result: the [`FinetuneResult`] to describe.
+        source: the gated checkpoint that was trained.
+    """
+    lora = result.train == "lora"
+    losses = ""
+    if result.held_out_after is not None:
+        losses = f"{result.held_out_before:.4f} before, {result.held_out_after:.4f} after"
+    card_data = ModelCardData(
+        base_model=source.name,
+        library_name="peft" if lora else "transformers",
+        pipeline_tag="text-generation",
+        tags=["gated-attention", "gated-llama", *(["lora"] if lora else ["custom_code"])],
+        **_base_card_fields(source.folder),
+    )
+    return str(
+        ModelCard.from_template(
+            card_data,
+            template_str=FINETUNING_TEMPLATE,
+            name=Path(result.output).name,
+            source=source.name,
+            what=TRAINED[result.train],
+            result=result,
+            losses=losses,
+        )
+    )

@@ -22,6 +22,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 GATES_NAME = "model-gates.safetensors"
+SINGLE_SHARD = "model-00001-of-00001.safetensors"  # a file called model.safetensors hides the index beside it
 
 # What is carried over beside the weights. Everything else at hand is left behind, and named.
 CARRIED = (

@@ -29,6 +29,7 @@ from gated_llama.card import conversion_card
 from gated_llama.checkpoint import (
     CONFIG_NAME,
     GATES_NAME,
+    SINGLE_SHARD,
     WEIGHTS_NAME,
     Checkpoint,
     TensorInfo,
@@ -40,12 +41,12 @@ from gated_llama.checkpoint import (
 )
 from gated_llama.errors import UserError
 from gated_llama.families import Origin, gate_settings, gated_config, recognise
+from gated_llama.gates import is_gate
 from gated_llama.shards import DTYPE_NAMES, DTYPES, Recipe, carried, split_by_size, write_index, write_shards
 from gated_llama.verify import Verification
 from gated_llama.verify import verify as compare
 
 
-SINGLE_SHARD = "model-00001-of-00001.safetensors"  # a file called model.safetensors hides the index beside it
 # Keys that published checkpoints carry and no model needs. With tied embeddings lm_head.weight is another.
 NOT_NEEDED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -173,10 +174,6 @@ def _record(result: ConversionResult, origin: Origin) -> dict:
         "gated_llama_version": __version__,
         "verification": result.verification and asdict(result.verification),
     }
-
-
-def is_gate(key: str) -> bool:
-    return ".attn_gate." in key
 
 
 def load_model(model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig) -> PreTrainedModel:

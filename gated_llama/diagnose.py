@@ -89,3 +89,11 @@ def _kinds(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tenso
     numbers = torch.tensor([[kinds[token] for token in row] for row in ids.tolist()])
     numbers[:, 0] = KINDS.index("first token")
     return numbers
+
+
+@torch.no_grad()
+def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8) -> float:
+    """Mean loss in nats per predicted token over `blocks` (blocks, T)."""
+    model.eval()
+    losses = [model(part, labels=part).loss * len(part) for part in blocks.to(model.device).split(batch_size)]
+    return (torch.stack(losses).sum() / len(blocks)).item()

@@ -33,9 +33,10 @@ from gated_llama.checkpoint import (
     read_checkpoint,
     refuse_nesting,
 )
-from gated_llama.convert import is_gate, load_model, shapes_of
+from gated_llama.convert import load_model, shapes_of
 from gated_llama.errors import UserError
 from gated_llama.families import FAMILIES, base_config, read_gated_config
+from gated_llama.gates import is_gate
 from gated_llama.shards import Recipe, carried, write_index, write_shards
 from gated_llama.verify import Verification
 from gated_llama.verify import verify as compare_models
@@ -89,6 +90,10 @@ def export_checkpoint(
     checkpoint = read_checkpoint(found.folder)
     where = str(checkpoint.folder / CONFIG_NAME)
     config = read_gated_config(checkpoint.config, where)
+    if config.gate_strength != 1:
+        raise UserError(
+            f"{where} has gate_strength {config.gate_strength:g}, which no other format can express: set it to 1."
+        )
     gated_class = getattr(modeling_gated, config.architectures[0])
     shapes = shapes_of(gated_class, config, where)
     if missing := sorted(shapes.keys() - checkpoint.tensors.keys() - {"lm_head.weight"}):

@@ -1,167 +1,474 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Train a gated model with Transformers' Trainer: the gates alone, or all of it with the gates at their own rate."""
+"""
+Train a gated model with Transformers' Trainer: the gates alone, LoRA with the gates whole beside it, or everything; the
+gates always at a learning rate of their own. On one process or many, stopped and resumed.
+"""
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+import transformers
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import TrainOutput
 
-from gated_llama.errors import UserError
+import configuration_gated
+import modeling_gated
+from configuration_gated import GatedLlamaConfig
+from gated_llama import __version__
+from gated_llama.card import finetuning_card
+from gated_llama.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    Source,
+    copy_file,
+    find_source,
+    read_checkpoint,
+    read_header,
+    read_json,
+    refuse_nesting,
+)
+from gated_llama.data import Rows, one_row_each, pack, read_documents, shuffled, split_off, tokenize
+from gated_llama.errors import UserError, first_line
+from gated_llama.families import read_gated_config
+from gated_llama.gates import gate_parameters, is_gate, train_only_gates, write_with_gates
+from gated_llama.loading import ADAPTER_CONFIG, load
+from gated_llama.trainer import GatedTrainer, has_accelerator, is_sharded, training_arguments, whole
 
 
-# Gates that share the rate of the weights hardly move; a published retrofit of Qwen3-0.6B (takuma104/OutliersInLLM)
-# trains them at 50 times that rate.
-GATE_RATE = 50
+# The ways to train, and the learning rates of the weights that are customary for them.
+LEARNING_RATES = {"lora": 2e-4, "gates": 2e-5, "full": 2e-5}
+# In the folder of a run, beside what it made: its checkpoints, and what it was asked to do and did.
+CHECKPOINTS = "checkpoints"
+RECORD = "finetune.json"
 
 
-def gate_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of every `attn_gate`."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if ".attn_gate." in name)
+@dataclass(frozen=True)
+class Parameters:
+    """How many a run trains, and of what."""
+
+    gates: int
+    rest: int
+    total: int
+
+    def __str__(self) -> str:
+        trained = self.gates + self.rest
+        return (
+            f"training {trained:,} of {self.total:,} parameters ({trained / self.total:.2%}): {self.gates:,} of gates "
+            f"({self.gates / self.total:.2%}), {self.rest:,} others ({self.rest / self.total:.2%})"
+        )
 
 
-def train_only_gates(model: nn.Module) -> int:
-    """
-    Freeze everything but the gates.
-
-    Returns:
-        The number of parameters left to train.
-
-    Raises:
-        UserError: the model has no gates.
-    """
-    gates = dict(gate_parameters(model))
-    if not gates:
-        raise UserError(f"{type(model).__name__} has no gates to train: convert the checkpoint first.")
+def count_parameters(model: torch.nn.Module) -> Parameters:
+    """The parameters that `requires_grad`, and all; 4-bit weights count as what they stand for."""
+    counts = {True: 0, False: 0}
+    total = 0
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name in gates
-    return sum(parameter.numel() for parameter in gates.values())
+        # bitsandbytes packs two 4-bit weights into a byte, and keeps the shape that they had.
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+        total += math.prod(shape)
+        if parameter.requires_grad:
+            counts[is_gate(name)] += math.prod(shape)
+    return Parameters(counts[True], counts[False], total)
 
 
-def gate_parameter_groups(
-    model: nn.Module, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0
-) -> list[dict]:
+@dataclass(frozen=True)
+class FinetuneSettings:
     """
-    Parameter groups for any optimizer: the trainable gates at `gate_lr` (50 · `lr` if None) and never decayed, since
-    decay would pull every gate to one half of its scale; the rest at `lr`, matrices with `weight_decay`.
+    How to train. A run is resumed only with the settings that it began with.
+
+    Attributes:
+        train: `"lora"`, `"gates"` or `"full"`.
+        eval_data: data to measure on, as for training; without it the share `held_out` of the rows is kept for that.
+        epochs, steps: passes over the data, or, if given, optimizer steps.
+        length, packing: tokens a row; whether rows are filled with one document after the other, or hold one each.
+        batch_size, accumulate: rows that a process takes at once; how often it does for one step.
+        lr: learning rate of the weights; None is 2e-4 for LoRA, 2e-5 for all.
+        gate_lr, weight_decay: learning rate of the gates; decay of the weights, never of gates.
+        lora_rank, lora_mlp: see [`gated_llama.adapters.gated_lora_config`].
+        quantize: `"4bit"` or `"8bit"`, by bitsandbytes, for the frozen weights under LoRA.
+        gradient_checkpointing: compute activations twice rather than keep them.
+        fsdp_size, tp_size: processes to shard the model over (see `transformers.distributed.DistributedConfig`).
+        save_steps, log_steps: steps between checkpoints, and between logs; None is a quarter and a twentieth of all.
+        report_to: where else to log, such as `"tensorboard"` or `"wandb"` (see `TrainingArguments.report_to`).
     """
-    gates = {name for name, _ in gate_parameters(model)}
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    rest = {name: parameter for name, parameter in trained.items() if name not in gates}
-    groups = [
-        {
-            "params": [parameter for name, parameter in trained.items() if name in gates],
-            "lr": GATE_RATE * lr if gate_lr is None else gate_lr,
-            "weight_decay": 0.0,
-        },
-        {"params": [p for p in rest.values() if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in rest.values() if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+
+    train: str = "lora"
+    eval_data: tuple[str, ...] = ()
+    held_out: float = 0.05
+    epochs: float = 1.0
+    steps: int | None = None
+    length: int = 512
+    packing: bool = True
+    batch_size: int = 8
+    accumulate: int = 1
+    lr: float | None = None
+    gate_lr: float = 1e-3
+    weight_decay: float = 0.0
+    lora_rank: int = 16
+    lora_mlp: bool = False
+    quantize: str | None = None
+    gradient_checkpointing: bool = False
+    fsdp_size: int = 1
+    tp_size: int = 1
+    save_steps: int | None = None
+    log_steps: int | None = None
+    report_to: str = "none"
+    seed: int = 0
+
+    def check(self) -> None:
+        """
+        Raises:
+            UserError: a setting has a value that it cannot have, or not with another.
+        """
+        if self.train not in LEARNING_RATES:
+            raise UserError(f"there is no way to train {self.train!r}: {', '.join(LEARNING_RATES)} are.")
+        if self.quantize not in (None, "4bit", "8bit"):
+            raise UserError(f"there is no quantization {self.quantize!r}: 4bit and 8bit are.")
+        for name in (
+            "epochs",
+            "steps",
+            "length",
+            "batch_size",
+            "accumulate",
+            "lr",
+            "lora_rank",
+            "fsdp_size",
+            "tp_size",
+        ):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise UserError(f"{name} must be more than 0, not {value}.")
+        if self.length < 2:
+            raise UserError("length must be at least 2: one token predicts nothing.")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out is a share of the data from 0 to less than 1, not {self.held_out}.")
+        if self.quantize and self.train != "lora":
+            raise UserError(f"quantized weights cannot be trained: use train='lora', not {self.train!r}.")
+        if self.sharded and self.quantize:
+            raise UserError("quantized weights are not sharded: leave out quantize, or fsdp_size and tp_size.")
+
+    @property
+    def sharded(self) -> bool:
+        return self.fsdp_size * self.tp_size > 1
 
 
-def read_texts(paths: Iterable[str | Path]) -> list[str]:
-    """
-    The documents in text files: of a `.jsonl` file the `text` of every line, of any other its whole content.
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What `finetune_checkpoint` did; `to_json()` is what `--json` prints. Losses are in nats per token."""
 
-    Raises:
-        UserError: a file cannot be read, or a line has no text.
-    """
-    texts = []
-    for path in map(Path, paths):
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read as text: {error}.") from None
-        if path.suffix != ".jsonl":
-            texts.append(content)
-            continue
-        for number, line in enumerate(content.splitlines(), 1):
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, TypeError, KeyError):
-                text = None
-            if not isinstance(text, str):
-                raise UserError(f'{path}, line {number}: not a JSON object with a "text", such as {{"text": "…"}}.')
-            texts.append(text)
-    return texts
+    output: str
+    train: str
+    steps: int
+    parameters: Parameters
+    data: str
+    loss: float  # mean over the run
+    held_out_before: float | None
+    held_out_after: float | None
+    gate_drift: float | None  # see GateMonitor
+    verdict: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
 
 
-def token_blocks(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int) -> torch.Tensor:
-    """
-    All texts, one after the other with an end-of-text token between them, cut into blocks `(blocks, length)`.
-
-    Raises:
-        UserError: the texts do not fill one block.
-    """
-    ids = []
-    for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-    blocks = len(ids) // length
-    if blocks == 0:
-        raise UserError(f"the text has {len(ids)} tokens, fewer than one block of {length}: give more text.")
-    return torch.tensor(ids[: blocks * length]).view(blocks, length)
-
-
-def train(
-    model: PreTrainedModel,
-    blocks: torch.Tensor,
-    output: str | Path,
+def finetune_checkpoint(
+    model: str | os.PathLike,
+    data: Iterable[str | os.PathLike],
+    output: str | os.PathLike,
+    settings: FinetuneSettings | None = None,
     *,
-    steps: int,
-    batch_size: int = 8,
-    lr: float = 2e-5,
-    gate_lr: float | None = None,
-    weight_decay: float = 0.0,
-    seed: int = 0,
+    resume: bool = False,
     progress: bool = True,
-) -> float:
+    announce: Callable[[str], None] = lambda line: None,
+) -> FinetuneResult:
     """
-    Train what `requires_grad`, by next-token prediction on `blocks` (blocks, T), and save the model to `output`.
+    Train a gated checkpoint by next-token prediction.
 
-    Returns:
-        The mean training loss in nats per token.
+    `output` then holds an adapter (`"lora"`), the checkpoint with other gates and everything else as it was
+    (`"gates"`), or a checkpoint (`"full"`); a record of the run; and in `checkpoints` what it takes to resume.
+
+    Args:
+        model: a converted checkpoint, a folder or a Hub id.
+        data: files and datasets, see [`gated_llama.data.read_documents`].
+        resume: go on from the last whole checkpoint in `output`.
+        progress: show bars and the live view on stderr.
+        announce: is told, a line each, what will be trained and on what.
+
+    Raises:
+        UserError: the input is at fault, the run went wrong or was interrupted. Checkpoints that are whole stay.
     """
-    arguments = TrainingArguments(
-        str(output),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
+    settings = settings or FinetuneSettings()
+    settings.check()
+    processes = PartialState(cpu=not has_accelerator())
+    found = find_source(model)
+    output = Path(output)
+    refuse_nesting(found.folder, output)
+    checkpoint = read_checkpoint(found.folder)
+    config = read_gated_config(checkpoint.config, str(found.folder / CONFIG_NAME))
+    asked = {"model": found.name, "data": [str(source) for source in data], **asdict(settings)}
+    asked["processes"] = processes.num_processes
+
+    tokenizer = AutoTokenizer.from_pretrained(found.folder)
+    rows, held_out = _rows(tokenizer, asked["data"], settings, progress and processes.is_main_process)
+    if processes.is_main_process:
+        _open_run(output, asked, resume)
+    processes.wait_for_everyone()
+    last = last_checkpoint(output / CHECKPOINTS)
+    set_seed(settings.seed)  # adapters start at random
+    network = _load_network(found, config, settings)
+    parameters = count_parameters(network)
+    announce(str(parameters))
+    announce(f"on {rows}" + (f", with {len(held_out):,} rows held out" if held_out else ""))
+
+    trainer = _trainer(network, tokenizer, rows, held_out, output, config, settings, progress, last is None)
+    training = _run(trainer, last)
+    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    if evaluations and evaluations[-1]["step"] != trainer.state.global_step:
+        evaluations.append(trainer.evaluate())
+    result = FinetuneResult(
+        output=str(output),
+        train=settings.train,
+        steps=trainer.state.global_step,
+        parameters=parameters,
+        data=str(rows),
+        loss=training.training_loss,
+        held_out_before=evaluations[0]["eval_loss"] if evaluations else None,
+        held_out_after=evaluations[-1]["eval_loss"] if evaluations else None,
+        gate_drift=trainer.gate_monitor.drift,
+        verdict=trainer.gate_monitor.verdict(),
+    )
+    _write_result(trainer, checkpoint, config, found, result)
+    return result
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, data: list[str], settings: FinetuneSettings, progress: bool
+) -> tuple[Rows, Rows | None]:
+    def cut(sources: Iterable[str], seed: int | None) -> Rows:
+        documents = read_documents(sources)
+        documents = documents if seed is None else shuffled(documents, seed)
+        tokens = tokenize(tokenizer, documents, progress=progress)
+        rows = pack(tokens, settings.length) if settings.packing else one_row_each(tokens, settings.length)
+        if not len(rows):
+            raise UserError(
+                f"{', '.join(sources)} has {rows.dropped:,} tokens, which fill no row of {settings.length}: give more "
+                "text, or a smaller length."
+            )
+        return rows
+
+    if settings.eval_data:
+        return cut(data, settings.seed), cut(settings.eval_data, None)
+    return split_off(cut(data, settings.seed), settings.held_out)
+
+
+def _open_run(output: Path, asked: dict, resume: bool) -> None:
+    """Make the folder of a new run, or see that the one there can be gone on with."""
+    record = output / RECORD
+    if resume:
+        if not record.is_file():
+            raise UserError(f"{output} holds no run to resume: {RECORD} is missing there.")
+        begun = read_json(record)
+        if "result" in begun:
+            raise UserError(f"the run in {output} is finished: there is nothing to resume.")
+        asked = json.loads(json.dumps(asked))
+        if other := [name for name in asked if begun.get("asked", {}).get(name) != asked[name]]:
+            was = begun.get("asked", {}).get(other[0])
+            raise UserError(
+                f"the run in {output} began with {other[0]} {was!r}, not {asked[other[0]]!r}: resume it with what it "
+                "began with, or begin another."
+            )
+        return
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output} is not empty: give another folder, or --resume to go on with the run in it.")
+        output.mkdir(parents=True, exist_ok=True)
+        versions = {"gated_llama": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+        record.write_text(json.dumps({"asked": asked, "versions": versions}, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {error.strerror}.") from error
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole: a process killed while it wrote one leaves it in part."""
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
+    return next((path for _, path in sorted(numbered, reverse=True) if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The Trainer writes the weights first, trainer_state.json last, and by each process its random state."""
+    try:
+        read_json(checkpoint / "trainer_state.json")
+        weights = [read_header(checkpoint, path.name) for path in checkpoint.glob("*.safetensors")]
+    except UserError:
+        return False
+    random_states = len(list(checkpoint.glob("rng_state*.pth")))
+    return bool(weights) and random_states == PartialState().num_processes
+
+
+def _load_network(found: Source, config: GatedLlamaConfig, settings: FinetuneSettings) -> torch.nn.Module:
+    """The model, with what is to be trained in fp32 and set to `requires_grad`."""
+    asked = {"dtype": config.dtype or torch.float32}
+    if settings.train == "full" or settings.sharded or (asked["dtype"] is torch.float16 and not has_accelerator()):
+        asked["dtype"] = torch.float32
+    if settings.quantize:
+        from transformers import BitsAndBytesConfig
+
+        compute = torch.bfloat16 if has_accelerator() else torch.float32
+        asked["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=settings.quantize == "4bit",
+            load_in_8bit=settings.quantize == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute,
+        )
+    if settings.sharded:
+        from transformers.distributed import DistributedConfig
+
+        asked["distributed_config"] = DistributedConfig(fsdp_size=settings.fsdp_size, tp_size=settings.tp_size)
+    network, _ = load(found.folder, **asked)
+    if settings.gradient_checkpointing:
+        newer_name = getattr(network, "activation_checkpointing_enable", None)
+        (newer_name or network.gradient_checkpointing_enable)()
+    if settings.train == "gates":
+        train_only_gates(network)
+    elif settings.train == "lora":
+        network = _with_lora(network, found, settings)
+    for _, gate in gate_parameters(network):
+        if gate.requires_grad and gate.dtype != torch.float32:
+            gate.data = gate.data.float()
+    return network
+
+
+def _with_lora(network: PreTrainedModel, found: Source, settings: FinetuneSettings) -> torch.nn.Module:
+    try:
+        from peft import get_peft_model, prepare_model_for_kbit_training
+
+        from gated_llama.adapters import gated_lora_config
+    except ImportError as error:
+        raise UserError("LoRA needs the peft package: `pip install peft`, or train the gates or all of it.") from error
+    if settings.quantize:
+        network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
+    # What the adapter will name as its base.
+    network.name_or_path = found.name if found.on_hub else str(found.folder.resolve())
+    return get_peft_model(
+        network, gated_lora_config(settings.lora_rank, mlp=settings.lora_mlp, revision=found.revision)
+    )
+
+
+def _trainer(
+    network: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    held_out: Rows | None,
+    output: Path,
+    config: GatedLlamaConfig,
+    settings: FinetuneSettings,
+    progress: bool,
+    from_start: bool,
+) -> GatedTrainer:
+    lr = LEARNING_RATES[settings.train] if settings.lr is None else settings.lr
+    arguments = training_arguments(
+        output / CHECKPOINTS,
         learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
-        logging_steps=max(1, steps // 10),
-        save_strategy="no",
-        report_to=[],
-        seed=seed,
+        weight_decay=settings.weight_decay,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        logging_steps=settings.log_steps or 0.05,
+        save_steps=settings.save_steps or 0.25,
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=settings.save_steps or 0.25,
+        eval_on_start=held_out is not None and from_start,
+        report_to=settings.report_to,
+        seed=settings.seed,
+        bf16=config.dtype is torch.bfloat16,
+        fp16=config.dtype is torch.float16 and has_accelerator(),
         disable_tqdm=not progress,
     )
-    optimizer = torch.optim.AdamW(gate_parameter_groups(model, lr, gate_lr, weight_decay), betas=(0.9, 0.95))
-    dataset = [{"input_ids": block, "labels": block} for block in blocks]
-    trainer = Trainer(model, arguments, train_dataset=dataset, optimizers=(optimizer, None))
-    if trainer.pop_callback(ProgressCallback):
-        trainer.add_callback(LossBar)
-    trainer.pop_callback(PrinterCallback)
-    result = trainer.train()
-    model.save_pretrained(output)
-    return result.training_loss
+    collator = DataCollatorForSeq2Seq(tokenizer)  # pads, and lets no padding count in the loss
+    return GatedTrainer(network, arguments, collator, rows, held_out, gate_lr=settings.gate_lr)
 
 
-class LossBar(ProgressCallback):
-    """The Trainer's bar, with the loss on it instead of lines on stdout."""
+def _run(trainer: GatedTrainer, last: Path | None) -> TrainOutput:
+    """Train to the end, or leave whole checkpoints only and say how to go on."""
+    try:
+        return trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except UserError as error:
+        raise UserError(f"{error}{_kept(trainer)}") from error
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted after step {trainer.state.global_step}.{_kept(trainer)}") from None
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "file" not in str(error):  # how torch.save speaks of a full disk
+            raise
+        step = trainer.state.global_step
+        raise UserError(
+            f"no checkpoint could be written after step {step}: {first_line(error)}.{_kept(trainer)}"
+        ) from error
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=logs["loss"])
+
+def _kept(trainer: GatedTrainer) -> str:
+    """Remove a checkpoint that was only begun, and name the one that is whole."""
+    folder = Path(trainer.args.output_dir)
+    last = last_checkpoint(folder)
+    for path in folder.glob("checkpoint-*"):
+        if trainer.args.should_save and not _is_whole(path):
+            shutil.rmtree(path, ignore_errors=True)
+    return f" {last} is whole: --resume goes on from it." if last else " No checkpoint had been written."
 
 
-@torch.no_grad()
-def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8) -> float:
-    """Mean loss in nats per predicted token over `blocks` (blocks, T)."""
-    model.eval()
-    losses = [model(part, labels=part).loss * len(part) for part in blocks.to(model.device).split(batch_size)]
-    return (torch.stack(losses).sum() / len(blocks)).item()
+def _write_result(
+    trainer: GatedTrainer, checkpoint: Checkpoint, config: GatedLlamaConfig, found: Source, result: FinetuneResult
+) -> None:
+    """Write what was trained under a provisional name, then move it into the run's folder, what makes it load last."""
+    network, output = trainer.model, Path(result.output)
+    partial = output / ".result"
+    main = trainer.args.should_save
+    try:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        if result.train == "gates":
+            gates = {name: whole(gate) for name, gate in gate_parameters(network)}
+            if main:
+                write_with_gates(checkpoint, gates, partial, progress=False)
+                copy_file(checkpoint.folder / CONFIG_NAME, partial / CONFIG_NAME)
+        else:
+            if not is_sharded(network):  # back from fp32: what is loaded again is then what is in memory now
+                dtype = config.dtype or torch.float32
+                for name, parameter in network.named_parameters():
+                    if result.train == "full" or (parameter.requires_grad and is_gate(name)):
+                        parameter.data = parameter.data.to(dtype)
+            network.save_pretrained(partial, is_main_process=main)
+        if main:
+            for name in checkpoint.carried:
+                if not (partial / name).exists():
+                    copy_file(checkpoint.folder / name, partial / name)
+            if result.train != "lora":
+                for module in (configuration_gated, modeling_gated):
+                    shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
+            (partial / "README.md").write_text(finetuning_card(result, found), encoding="utf-8")
+            for path in sorted(partial.iterdir(), key=lambda path: path.name in (CONFIG_NAME, ADAPTER_CONFIG)):
+                path.replace(output / path.name)
+            partial.rmdir()
+            record = read_json(output / RECORD) | {"result": asdict(result), "log": trainer.state.log_history}
+            (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        kept = _kept(trainer)
+        raise UserError(f"{output}: the result could not be written: {first_line(error)}.{kept}") from error
+    finally:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)

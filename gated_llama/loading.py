@@ -1,5 +1,5 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Load a checkpoint for a command: a gated or plain model with its tokenizer, no code of the checkpoint run."""
+"""Load a checkpoint or an adapter for a command: a model with its tokenizer, no code of the checkpoint run."""
 
 import os
 
@@ -9,14 +9,25 @@ import modeling_gated  # noqa: F401  (registers the Auto classes)
 from gated_llama.errors import UserError, first_line
 
 
-def load(source: str | os.PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load(source: str | os.PathLike, **settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
+    The model at `source`, gated or plain, or the adapter there on the base model that it names; `settings` are those
+    of `from_pretrained`.
+
     Raises:
-        UserError: there is no causal language model with a tokenizer at `source`.
+        UserError: there is no causal language model with a tokenizer at `source`, or the adapter's base is another.
     """
+    if os.path.isfile(os.path.join(source, ADAPTER_CONFIG)):
+        from gated_llama.adapters import base_of, load_adapter
+
+        model, tokenizer = load(base_of(source), **settings)
+        return load_adapter(model, source), tokenizer
     try:
-        return AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        return AutoModelForCausalLM.from_pretrained(source, **settings), AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"{source} cannot be loaded as a causal language model with a tokenizer: {first_line(error)}"
         ) from error

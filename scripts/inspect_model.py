@@ -20,13 +20,13 @@ def run(args: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    from gated_llama.diagnose import gate_statistics
-    from gated_llama.finetune import held_out_loss, read_texts, token_blocks
+    from gated_llama.data import read_documents, token_blocks
+    from gated_llama.diagnose import gate_statistics, held_out_loss
     from gated_llama.loading import load
 
-    texts = read_texts(args.text)
+    documents = read_documents(args.text)
     model, tokenizer = load(args.model)
-    blocks = token_blocks(tokenizer, texts, args.length)[: max(1, args.max_tokens // args.length)]
+    blocks = token_blocks(tokenizer, documents, args.length)[: max(1, args.max_tokens // args.length)]
     report = gate_statistics(model, tokenizer, blocks)
     loss = held_out_loss(model, blocks)
     if args.json:

@@ -6,6 +6,7 @@ gates are fine-tuned, and what they do is shown.
 """
 
 import argparse
+import json
 import random
 import shutil
 import sys
@@ -31,10 +32,11 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
     import modeling_gated  # noqa: F401  (registers the Auto classes)
-    from gated_llama import convert_checkpoint
+    from gated_llama import FinetuneSettings, GatedTrainer, convert_checkpoint, finetune_checkpoint
+    from gated_llama.data import pack, tokenize
     from gated_llama.diagnose import gate_statistics
-    from gated_llama.finetune import held_out_loss, token_blocks, train, train_only_gates
     from gated_llama.scripts.inspect_model import print_gates
+    from gated_llama.trainer import training_arguments
 
     base, gated, tuned = (args.output / name for name in ("base", "gated", "gated-tuned"))
     for folder in (base, gated, tuned):
@@ -43,8 +45,10 @@ def run(args: argparse.Namespace) -> None:
     heading(1, "A small Llama learns from the Python standard library")
     texts = standard_library()
     tokenizer = train_tokenizer(texts)
-    blocks = token_blocks(tokenizer, texts, BLOCK)
-    held_out, blocks = blocks[:24], blocks[24:]
+    data, eval_data = args.output / "train.jsonl", args.output / "eval.jsonl"
+    write_lines(data, texts[5:])
+    write_lines(eval_data, texts[:5])
+    rows = pack(tokenize(tokenizer, texts[5:]), BLOCK)
     set_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -61,10 +65,19 @@ def run(args: argparse.Namespace) -> None:
     )
     model = LlamaForCausalLM(config)
     print(
-        f"{model.num_parameters():,} parameters, {blocks.numel():,} tokens of text; "
-        f"{args.steps} steps of {BATCH * BLOCK}"
+        f"{model.num_parameters():,} parameters, {rows.tokens:,} tokens of text; {args.steps} steps of {BATCH * BLOCK}"
     )
-    train(model, blocks, base, steps=args.steps, batch_size=BATCH, lr=6e-3, weight_decay=0.1)
+    arguments = training_arguments(
+        base,
+        max_steps=args.steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=6e-3,
+        weight_decay=0.1,
+        logging_steps=0.1,
+        save_strategy="no",
+    )
+    GatedTrainer(model, arguments, train_dataset=rows).train()
+    model.save_pretrained(base)
     tokenizer.save_pretrained(base)
 
     heading(2, "Conversion: gates are added, nothing changes")
@@ -72,18 +85,26 @@ def run(args: argparse.Namespace) -> None:
     print(f"{result.gate_parameters:,} gate parameters beside {result.other_parameters:,}; {result.verification}")
 
     heading(3, "The gates are fine-tuned, everything else stays")
-    model = AutoModelForCausalLM.from_pretrained(gated)
-    before = sample(model, tokenizer)
-    loss_before = held_out_loss(model, held_out)
-    print(f"training {train_only_gates(model):,} of {model.num_parameters():,} parameters")
-    train(model, blocks, tuned, steps=args.gate_steps, batch_size=BATCH, gate_lr=2e-2)
-    tokenizer.save_pretrained(tuned)
-    loss_after = held_out_loss(model, held_out)
+    before = sample(AutoModelForCausalLM.from_pretrained(gated), tokenizer)
+    settings = FinetuneSettings(
+        train="gates",
+        steps=args.gate_steps,
+        length=BLOCK,
+        batch_size=BATCH,
+        gate_lr=2e-2,
+        eval_data=(str(eval_data),),
+        log_steps=max(1, args.gate_steps // 10),
+    )
+    result = finetune_checkpoint(gated, [data], tuned, settings, announce=print)
+    print(result.verdict)
 
     heading(4, "What the gates do now (1 is open, 0 shut, 2 the most)")
-    report = gate_statistics(model, tokenizer, held_out)
-    print_gates(report)
-    print(f"held-out loss: base and converted {loss_before:.4f}, gates tuned {loss_after:.4f} nats a token")
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    print_gates(gate_statistics(model, tokenizer, pack(tokenize(tokenizer, texts[:5]), BLOCK).rows[:24]))
+    print(
+        f"held-out loss: base and converted {result.held_out_before:.4f}, gates tuned {result.held_out_after:.4f} "
+        "nats a token"
+    )
 
     heading(5, f"Generation from {PROMPT!r}, before and after")
     for name, text in (("before", before), ("after", sample(model, tokenizer))):
@@ -108,6 +129,11 @@ def standard_library(files: int = 200) -> list[str]:
     )
     random.Random(0).shuffle(paths)
     return [path.read_text(encoding="utf-8", errors="replace") for path in paths[:files]]
+
+
+def write_lines(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts if text), encoding="utf-8")
 
 
 def train_tokenizer(texts: list[str]):

@@ -126,9 +126,13 @@ def gated(tmp_path):
 
 def test_finetune_and_inspect(gated, tmp_path):
     text = tmp_path / "text.txt"
-    done = command("finetune", gated, "--data", text, "--out", tmp_path / "tuned", "--steps", 2, "--length", 16)
+    quick = ("--steps", 2, "--length", 16, "--gate-lr", 0.1)
+    done = command("finetune", gated, "--data", text, "--out", tmp_path / "tuned", *quick)
     assert done.returncode == 0, done.stderr
-    assert "training 648 of " in done.stdout
+    assert "training 12,168 of " in done.stdout and "648 of gates" in done.stdout
+    assert "on 688 tokens in 43 rows from 1 documents" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("The gates moved by ")
+    assert "gates ▄▄▄ mean 1.0" in done.stderr and "held-out loss" in done.stderr
     done = command("inspect", tmp_path / "tuned", "--text", text, "--length", 16, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -140,7 +144,7 @@ def test_finetune_and_inspect(gated, tmp_path):
         (("inspect", gated, "--text", tmp_path / "none.txt"), "none.txt cannot be read"),
         (
             ("finetune", tmp_path / "source", "--data", text, "--out", tmp_path / "x", "--length", 16),
-            "no gates to train",
+            "convert it first",
         ),
     ):
         done = command(*arguments)

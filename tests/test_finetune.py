@@ -1,44 +1,124 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Training a gated model, and looking at its gates, on small models with known answers."""
+"""Training a gated model in each way, stopping and resuming, watching the run, on small models that can learn."""
 
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gated_llama import (
+    FinetuneSettings,
+    GatedTrainer,
+    GateMonitor,
     UserError,
+    convert_checkpoint,
+    finetune_checkpoint,
     gate_parameter_groups,
-    gate_statistics,
-    held_out_loss,
-    token_blocks,
-    train,
     train_only_gates,
 )
-from gated_llama.diagnose import token_kind
-from gated_llama.finetune import read_texts
+from gated_llama.checkpoint import GATES_NAME
+from gated_llama.finetune import last_checkpoint
+from gated_llama.gates import gate_modules, is_gate
+from gated_llama.loading import load
+from gated_llama.monitor import LossGuard, log_line
+from gated_llama.trainer import training_arguments
 from modeling_gated import GatedLlamaForCausalLM
-from tiny import VOCAB, gated_model, source_model, tiny_tokenizer, token_ids
+from tiny import gated_model, published, source_model, token_ids
 
 
-def test_training_only_gates_leaves_every_other_bit(tmp_path):
-    model = gated_model(GatedLlamaForCausalLM, trained=False)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert train_only_gates(model) == 3 * 6 * 36
-    blocks = token_ids(4, 16).repeat(8, 1)  # few enough to be learned
-    loss_before = held_out_loss(model, blocks)
-    train(model, blocks, tmp_path, steps=10, gate_lr=0.05, progress=False)
-    assert held_out_loss(model, blocks) < loss_before - 0.02
-    saved = GatedLlamaForCausalLM.from_pretrained(tmp_path).state_dict()
-    changed = {name for name in before if not torch.equal(before[name], saved[name])}
-    assert changed == {name for name in before if "attn_gate" in name}
+SENTENCE = "the grumpy cat sat on the mat, which was red"
+QUICK = {"steps": 8, "length": 16, "batch_size": 4, "lr": 1e-2, "gate_lr": 3e-2, "save_steps": 4, "log_steps": 2}
 
 
-def test_plain_models_have_no_gates_to_train_or_look_at():
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"text": SENTENCE[: 20 + n % 20]}) + "\n" for n in range(60)))
+    return path
+
+
+def converted(folder, variant="llama", **settings):
+    published(folder / "source", source_model(variant), shards=2, tokenizer=True)
+    convert_checkpoint(folder / "source", folder / "gated", progress=False, **settings)
+    return folder / "gated"
+
+
+def tensors(folder):
+    return {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
+
+
+def finetune(source, data, output, *, resume=False, **settings):
+    settings = FinetuneSettings(**{**QUICK, **settings})
+    return finetune_checkpoint(source, [data], output, settings, resume=resume, progress=False)
+
+
+@pytest.mark.parametrize("way", ["lora", "gates", "full"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+def test_every_way_learns_and_loads(tmp_path, data, variant, way):
+    source = converted(tmp_path, variant)
+    result = finetune(source, data, tmp_path / "run", train=way)
+    assert result.held_out_after < result.held_out_before - 0.05
+    assert result.gate_drift > 1e-3 and "The gates moved by" in result.verdict
+    model, _ = load(tmp_path / "run")
+    assert (result.parameters.gates, result.parameters.rest == 0) == (3 * 6 * 36, way == "gates")
+    gates = {name: tensor for name, tensor in model.state_dict().items() if is_gate(name) and "original" not in name}
+    assert len(gates) == 3 and all(tensor.abs().max() > 0 for tensor in gates.values())
+
+
+def test_gates_alone_rewrite_one_file_that_makes_another_copy_the_trained_model(tmp_path, data):
+    source = converted(tmp_path)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    finetune(source, data, tmp_path / "run", train="gates")
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert after.keys() - before.keys() == {"finetune.json"}
+    assert {name for name in before if before[name] != after[name]} == {GATES_NAME, "README.md"}
+    convert_checkpoint(tmp_path / "source", tmp_path / "copy", progress=False)
+    (tmp_path / "copy" / GATES_NAME).write_bytes(after[GATES_NAME])
+    logits = [AutoModelForCausalLM.from_pretrained(tmp_path / name)(token_ids()).logits for name in ("copy", "run")]
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], AutoModelForCausalLM.from_pretrained(source)(token_ids()).logits)
+
+
+def test_gates_alone_of_a_checkpoint_in_one_file(tmp_path, data):
+    source = converted(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.save_pretrained(tmp_path / "joined")
+    for path in source.glob("tokenizer*"):
+        (tmp_path / "joined" / path.name).write_bytes(path.read_bytes())
+    finetune(tmp_path / "joined", data, tmp_path / "run", train="gates")
+    old, new = tensors(tmp_path / "joined"), tensors(tmp_path / "run")
+    assert old.keys() == new.keys()
+    assert {key for key in old if not torch.equal(old[key], new[key])} == {key for key in old if is_gate(key)}
+    assert set(load_file(tmp_path / "run" / GATES_NAME)) == {key for key in old if is_gate(key)}
+
+
+def test_weights_come_back_in_the_dtype_of_the_checkpoint(tmp_path, data):
+    source = converted(tmp_path, dtype="bfloat16")
+    for way in ("gates", "full", "lora"):
+        finetune(source, data, tmp_path / way, train=way)
+    for way in ("gates", "full"):
+        assert {tensor.dtype for tensor in tensors(tmp_path / way).values()} == {torch.bfloat16}
+    dtypes = {is_gate(key): tensor.dtype for key, tensor in tensors(tmp_path / "lora").items()}
+    assert dtypes == {True: torch.bfloat16, False: torch.float32}
+
+
+def test_plain_models_have_no_gates_to_train(tmp_path, data):
     with pytest.raises(UserError, match="no gates to train"):
         train_only_gates(source_model("llama"))
-    with pytest.raises(UserError, match="no gates to look at"):
-        gate_statistics(source_model("llama"), tiny_tokenizer(), token_ids())
+    published(tmp_path / "source", source_model("llama"), tokenizer=True)
+    with pytest.raises(UserError, match="convert it first"):
+        finetune(tmp_path / "source", data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_gates_have_their_own_rate_and_no_decay():
@@ -53,84 +133,292 @@ def test_gates_have_their_own_rate_and_no_decay():
     assert [group["lr"] for group in gate_parameter_groups(model, lr=2e-5, gate_lr=0.5)] == [0.5]
 
 
-def test_token_blocks_keep_every_token_in_order():
-    tokenizer = tiny_tokenizer()
-    texts = ["the grumpy cat", "sat on the mat, which was red"] * 3
-    ids = [token for text in texts for token in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
-    blocks = token_blocks(tokenizer, texts, 7)
-    assert blocks.flatten().tolist() == ids[: len(ids) // 7 * 7]
-    with pytest.raises(UserError, match="give more text"):
-        token_blocks(tokenizer, ["cat"], 1000)
+# --- stopping and resuming
 
 
-def test_read_texts(tmp_path):
-    (tmp_path / "a.txt").write_text("one\ntwo")
-    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n{"text": "four", "n": 1}\n')
-    assert read_texts([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["one\ntwo", "three", "four"]
-    for line in ("{", "[]", '{"texts": "x"}', '{"text": 1}', ""):
-        (tmp_path / "b.jsonl").write_text(f'{{"text": "three"}}\n{line}\n')
-        with pytest.raises(UserError, match=r"b\.jsonl, line 2"):
-            read_texts([tmp_path / "b.jsonl"])
-    with pytest.raises(UserError, match=r"none\.txt cannot be read"):
-        read_texts([tmp_path / "none.txt"])
+class StopAt(TrainerCallback):
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise self.error
 
 
-def test_held_out_loss_is_the_mean_over_tokens():
-    model = gated_model(GatedLlamaForCausalLM)
-    ids = token_ids(5, 9)
-    logits = model(ids).logits[:, :-1].log_softmax(-1)
-    expected = -logits.gather(2, ids[:, 1:, None]).mean().item()
-    assert held_out_loss(model, ids, batch_size=2) == pytest.approx(expected, rel=1e-5)
-    assert held_out_loss(model, ids) > 0.5 * math.log(VOCAB)
+def history(run):
+    log = json.loads((run / "finetune.json").read_text())["log"]
+    return [(entry["step"], entry["loss"], entry["gate_mean"]) for entry in log if "loss" in entry]
 
 
-def test_gate_statistics_of_gates_with_a_known_value():
+def with_callback(monkeypatch, callback):
+    plain = GatedTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        self.add_callback(callback)
+
+    monkeypatch.setattr(GatedTrainer, "__init__", init)
+
+
+KILLED = """
+import os, signal, sys
+from transformers import TrainerCallback
+from gated_llama import FinetuneSettings, GatedTrainer, finetune_checkpoint
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+plain = GatedTrainer.__init__
+
+def init(self, *args, **kwargs):
+    plain(self, *args, **kwargs)
+    self.add_callback(Kill())
+
+GatedTrainer.__init__ = init
+finetune_checkpoint({source!r}, [{data!r}], {output!r}, FinetuneSettings(**{settings!r}), progress=False)
+"""
+
+
+@pytest.mark.parametrize(("way", "kill"), [("lora", True), ("gates", False), ("full", False)])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, data, monkeypatch, run_python, way, kill):
+    source = converted(tmp_path)
+    settings = {"train": way, "accumulate": 2}
+    finetune(source, data, tmp_path / "whole", **settings)
+    if kill:
+        code = KILLED.format(
+            source=str(source), data=str(data), output=str(tmp_path / "run"), settings=QUICK | settings
+        )
+        assert run_python(code).returncode == -signal.SIGKILL
+    else:
+        with monkeypatch.context() as patch:
+            with_callback(patch, StopAt(6, ZeroDivisionError()))
+            with pytest.raises(ZeroDivisionError):
+                finetune(source, data, tmp_path / "run", **settings)
+    assert last_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-4"
+    finetune(source, data, tmp_path / "run", resume=True, **settings)
+    assert history(tmp_path / "run") == history(tmp_path / "whole")
+    whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "run")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_interrupted_runs_keep_the_last_whole_checkpoint(tmp_path, data, monkeypatch):
+    source = converted(tmp_path)
+    with monkeypatch.context() as patch:
+        with_callback(patch, StopAt(6, KeyboardInterrupt()))
+        with pytest.raises(UserError, match=r"interrupted after step 6\. .*checkpoint-4 is whole: --resume"):
+            finetune(source, data, tmp_path / "run", train="gates")
+    assert not (tmp_path / "run" / "config.json").exists()
+    with pytest.raises(UserError, match=r"gate_lr 0.03, not 0.5"):
+        finetune(source, data, tmp_path / "run", train="gates", gate_lr=0.5, resume=True)
+    with pytest.raises(UserError, match=r"is not empty: .* --resume"):
+        finetune(source, data, tmp_path / "run", train="gates")
+    finetune(source, data, tmp_path / "run", train="gates", resume=True)
+    with pytest.raises(UserError, match="is finished"):
+        finetune(source, data, tmp_path / "run", train="gates", resume=True)
+    with pytest.raises(UserError, match="no run to resume"):
+        finetune(source, data, tmp_path / "none", train="gates", resume=True)
+
+
+@pytest.mark.parametrize("full_at", ["weights", "optimizer.pt", "trainer_state.json"])
+def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, data, monkeypatch, full_at):
+    source = converted(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def torch_save(state, path, *args, **kwargs):
+        path = Path(path)
+        if "optimizer" in str(path) and "checkpoint-8" in str(path):
+            path.write_bytes(b"part")
+            raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/7")
+        return save(state, path, *args, **kwargs)
+
+    class FullAt8(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 8 and full_at == "weights":
+                monkeypatch.setattr("gated_llama.trainer.save_file", full)
+            if state.global_step == 8 and full_at == "trainer_state.json":
+                monkeypatch.setattr(type(state), "save_to_json", full)
+
+    save = torch.save
+    if full_at == "optimizer.pt":
+        monkeypatch.setattr(torch, "save", torch_save)
+    with_callback(monkeypatch, FullAt8())
+    with pytest.raises(UserError, match=r"no checkpoint could be written after step 8.*checkpoint-4 is whole"):
+        finetune(source, data, tmp_path / "run", train="gates")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-4"]
+
+
+def test_a_result_that_cannot_be_written_leaves_nothing_that_loads(tmp_path, data, monkeypatch):
+    source = converted(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gated_llama.finetune.write_with_gates", full)
+    with pytest.raises(UserError, match=r"the result could not be written: .*No space left.*checkpoint-8 is whole"):
+        finetune(source, data, tmp_path / "run", train="gates")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"finetune.json", "checkpoints"}
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path, data):
+    source = converted(tmp_path)
+    finetune(source, data, tmp_path / "run", train="gates")
+    folder = tmp_path / "run" / "checkpoints"
+    assert last_checkpoint(folder).name == "checkpoint-8"
+    weights = folder / "checkpoint-8" / GATES_NAME
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-9])
+    assert last_checkpoint(folder).name == "checkpoint-4"
+    weights.write_bytes(content)
+    (folder / "checkpoint-8" / "rng_state.pth").unlink()
+    assert last_checkpoint(folder).name == "checkpoint-4"
+    (folder / "checkpoint-4" / "trainer_state.json").write_text("{")
+    assert last_checkpoint(folder) is None
+
+
+# --- runs that go wrong
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, data):
+    source = converted(tmp_path)
+    with pytest.raises(UserError, match=r"loss of step \d+ is nan.*learning rate.*1e\+38.*lower it"):
+        finetune(source, data, tmp_path / "run", train="full", lr=1e38)
+    published(tmp_path / "bad", source_model("llama"), tokenizer=True)
+    convert_checkpoint(tmp_path / "bad", tmp_path / "bad-gated", progress=False, verify=False)
+    path = next((tmp_path / "bad-gated").glob("model-0*"))
+    weights = load_file(path)
+    weights["model.norm.weight"][3] = math.nan
+    from safetensors.torch import save_file
+
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"loss of step 1 is nan.*the likely cause is the checkpoint"):
+        finetune(tmp_path / "bad-gated", data, tmp_path / "run2", train="gates", held_out=0)
+
+
+def test_a_diverged_loss_ends_the_run():
+    guard = LossGuard()
+    for step, loss in enumerate([4.0] * 10 + [3.0, 9.0, 2.0] * 10, 1):  # noisy, and going down
+        guard.check(loss, step, "")
+    with pytest.raises(UserError, match=r"diverged: .* before step \d+, up from .*\(0.5\)"):
+        for step in range(41, 60):
+            guard.check(11.0, step, "0.5")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train": "some"}, "no way to train 'some'"),
+        ({"steps": 0}, "steps must be more than 0"),
+        ({"length": 1}, "length must be at least 2"),
+        ({"held_out": 1.0}, "held_out is a share"),
+        ({"train": "full", "quantize": "4bit"}, "quantized weights cannot be trained"),
+        ({"quantize": "2bit"}, "no quantization '2bit'"),
+        ({"length": 10_000}, "fill no row of 10000"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, data, settings, message):
+    source = converted(tmp_path)
+    with pytest.raises(UserError, match=message):
+        finetune(source, data, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+# --- watching
+
+
+def run_trainer(model, tmp_path, *, trainer=GatedTrainer, steps=4, **kwargs):
+    rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(8, 12)]
+    arguments = training_arguments(
+        tmp_path, max_steps=steps, per_device_train_batch_size=2, logging_steps=2, save_strategy="no", disable_tqdm=True
+    )
+    trainer = trainer(model, arguments, train_dataset=rows, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def test_every_log_tells_what_the_gates_do(tmp_path):
     model = gated_model(GatedLlamaForCausalLM, gate_bias=True, trained=False)
     wanted = (1.0, 0.03, 1.9)
     for layer, value in zip(model.model.layers, wanted, strict=True):
         torch.nn.init.constant_(layer.self_attn.attn_gate.proj.bias, math.log(value / (2 - value)))
-    blocks = token_ids(5, 9)
-    report = gate_statistics(model, tiny_tokenizer(), blocks, batch_size=2)
-    for statistics, value in zip(report.layers, wanted, strict=True):
-        assert statistics.tokens == 45
-        assert statistics.mean == pytest.approx(value, rel=1e-5)
-        assert statistics.moved == pytest.approx(abs(value - 1), abs=1e-6)
-        assert (statistics.nearly_shut, statistics.amplifying) == (value < 0.1, value > 1.5)
-    assert report.kinds["first token"].tokens == 5
-    assert sum(statistics.tokens for statistics in report.kinds.values()) == 45
-    assert report.kinds["first token"].mean == pytest.approx(sum(wanted) / 3, rel=1e-5)
+    reported = []
+
+    class Report(TrainerCallback):  # stands where report_to's callbacks stand
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(dict(logs))
+
+    trainer = run_trainer(model, tmp_path, gate_lr=0.0, callbacks=[Report()])
+    log = trainer.state.log_history[1]
+    assert reported[1].items() <= log.items()
+    for layer, value in enumerate(wanted):
+        name = f"layer_{layer:02}"
+        assert log[f"gate_mean/{name}"] == pytest.approx(value, rel=1e-5)
+        assert log[f"gate_moved/{name}"] == pytest.approx(abs(value - 1), abs=1e-6)
+        assert (log[f"gate_below_0.1/{name}"], log[f"gate_above_1.5/{name}"]) == (value < 0.1, value > 1.5)
+    assert log["gate_mean"] == pytest.approx(sum(wanted) / 3, rel=1e-5)
+    assert math.hypot(log["grad_norm_gates"], log["grad_norm_rest"]) == pytest.approx(log["grad_norm"], rel=1e-5)
+    assert log["grad_norm_gates"] > 0
+    assert log["tokens_per_second"] > 0 and log["peak_memory_gb"] > 0.1
+    line = log_line(4, log)
+    assert "gates ▅▁█ mean 0.977" in line and "tokens/s" in line
+    assert log["gate_drift"] == 0
+    assert "The gates did not move" in trainer.gate_monitor.verdict()
 
 
-def test_gate_statistics_tell_tokens_apart():
-    """The gate follows the hidden state: here it shuts on one token alone."""
-    model = gated_model(GatedLlamaForCausalLM, trained=False)
-    tokenizer = tiny_tokenizer()
-    letters, comma = (tokenizer.convert_tokens_to_ids(tokens) for tokens in (list("abcdefgh"), ","))
-    ids = torch.tensor(letters)[torch.randint(8, (4, 12), generator=torch.Generator().manual_seed(0))]
-    ids[:, 5] = comma
-    gate = model.model.layers[0].self_attn.attn_gate
-    states = model.model.layers[0].input_layernorm(model.get_input_embeddings()(torch.tensor([comma])))[0]
-    gate.proj.weight.data = -states.expand_as(gate.proj.weight).clone()
-    report = gate_statistics(model, tokenizer, ids)
-    assert report.kinds["punctuation"].tokens == 4
-    assert report.kinds["punctuation"].nearly_shut == pytest.approx(1 / 3)  # in one layer of three, every head
-    assert report.kinds["other"].nearly_shut < 0.1
-    assert report.kinds["number"].tokens == 0
+def test_gates_that_move_and_gates_that_are_frozen_are_told(tmp_path):
+    model = gated_model(GatedLlamaForCausalLM)
+    gates = [gate for (gate,) in gate_modules(model).values()]
+    start = [gate.proj.weight.clone() for gate in gates]
+    trainer = run_trainer(model, tmp_path, gate_lr=0.1)
+    assert trainer.gate_monitor.drift > 0.01
+    assert "The gates moved" in trainer.gate_monitor.verdict()
+    assert all(
+        (gate[0].proj.weight - old).abs().max() > 0
+        for gate, old in zip(gate_modules(model).values(), start, strict=True)
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not is_gate(name)
+    assert run_trainer(model, tmp_path).gate_monitor.verdict() == "The gates were frozen."
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        (" ", "whitespace"),
-        ("\n\n", "whitespace"),
-        (" ,", "punctuation"),
-        ("__(", "punctuation"),
-        (" 12.5", "number"),
-        (" The", "function word"),
-        ("cat", "other"),
-        ("über", "other"),
-        ("x1", "other"),
-    ],
-)
-def test_token_kinds(text, kind):
-    assert token_kind(text) == kind
+def test_watching_changes_nothing(tmp_path):
+    """The same losses and weights as the plain Trainer with the same optimizer; a hook that stayed would be seen."""
+    from transformers import Trainer
+
+    results = []
+    for cls in (GatedTrainer, Trainer):
+        model = gated_model(GatedLlamaForCausalLM)
+        optimizer = torch.optim.AdamW(gate_parameter_groups(model, 1e-3), betas=(0.9, 0.95))
+        trainer = run_trainer(model, tmp_path, trainer=cls, optimizers=(optimizer, None))
+        assert not any(module._forward_hooks for module in model.modules())
+        results.append(([log["loss"] for log in trainer.state.log_history if "loss" in log], model.state_dict()))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][key], results[1][1][key]) for key in results[0][1])
+
+
+def test_the_monitor_serves_any_trainer(tmp_path):
+    from transformers import Trainer
+
+    monitor = GateMonitor()
+    trainer = run_trainer(gated_model(GatedLlamaForCausalLM), tmp_path, trainer=Trainer, callbacks=[monitor])
+    assert trainer.state.log_history[0]["gate_mean/layer_02"] > 0
+    assert monitor.drift is not None
+
+
+def test_ctrl_c_of_the_command(tmp_path, data):
+    source = converted(tmp_path)
+    command = [sys.executable, "-m", "gated_llama.scripts.finetune_model", source, "--data", data]
+    command += ["--out", tmp_path / "run", "--train", "gates", "--steps", "100000", "--save-steps", "5"]
+    command += ["--length", "16"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while running.poll() is None and not list((tmp_path / "run").glob("checkpoints/checkpoint-1*")):
+            time.sleep(0.1)
+        os.kill(running.pid, signal.SIGINT)
+        _, errors = running.communicate()
+    assert running.returncode == 2
+    assert "interrupted after step" in errors and "--resume" in errors and "Traceback" not in errors
+    assert last_checkpoint(tmp_path / "run" / "checkpoints") is not None

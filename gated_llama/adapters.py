@@ -1,0 +1,93 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+PEFT and gated models. Importing this file makes `gated_llama` known to PEFT's default target modules, so that
+`LoraConfig()` and its like work without `target_modules`.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel
+from peft.utils import constants
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from gated_llama.checkpoint import read_header, read_json
+from gated_llama.errors import UserError, first_line
+from gated_llama.gates import gate_parameters, is_gate
+from gated_llama.loading import ADAPTER_CONFIG
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # of every key in an adapter's file
+
+ATTENTION = r".*\.self_attn\.(q|k|v|o)_proj"
+ATTENTION_AND_MLP = r".*\.(self_attn\.(q|k|v|o)|mlp\.(gate|up|down))_proj"
+
+# Every method's defaults are a table from model type to module names; a gated Llama's modules are named as a Llama's.
+for _table in vars(constants).values():
+    if isinstance(_table, dict) and "llama" in _table:
+        _table.setdefault("gated_llama", _table["llama"])
+
+
+def gated_lora_config(r: int = 16, *, mlp: bool = False, **settings) -> LoraConfig:
+    """
+    LoRA of rank `r` on q, k, v and o, with `mlp` on the MLP too, and the gates trained whole beside it.
+
+    Args:
+        settings: any other field of [`~peft.LoraConfig`], such as `use_dora=True` or `task_type="SEQ_CLS"`.
+    """
+    defaults = {
+        "lora_alpha": 2 * r,
+        "target_modules": ATTENTION_AND_MLP if mlp else ATTENTION,
+        "modules_to_save": ["attn_gate"],
+        "task_type": "CAUSAL_LM",
+    }
+    return LoraConfig(r=r, **{**defaults, **settings})
+
+
+def base_of(adapter: str | os.PathLike) -> str:
+    """
+    The checkpoint that an adapter folder names as its base: a folder, or a Hub id.
+
+    Raises:
+        UserError: it names none.
+    """
+    where = Path(adapter) / ADAPTER_CONFIG
+    base = read_json(where).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{where} names no base model: set base_model_name_or_path to the converted checkpoint.")
+    return base
+
+
+def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, **settings) -> PeftModel:
+    """
+    [`~peft.PeftModel.from_pretrained`], which by itself leaves out gates that find no place in the model.
+
+    Args:
+        model: the converted checkpoint that the adapter was trained on.
+        settings: as for `PeftModel.from_pretrained`, such as `is_trainable=True`.
+
+    Raises:
+        UserError: the adapter is not whole, or `model` is not a model like the one it was trained on.
+    """
+    adapter = Path(adapter)
+    gates = {key: info.shape for key, info in read_header(adapter, ADAPTER_WEIGHTS).items() if is_gate(key)}
+    have = {PEFT_PREFIX + name: tuple(parameter.shape) for name, parameter in gate_parameters(model)}
+    name = model.config.name_or_path or type(model).__name__
+    for key, shape in gates.items():
+        if key not in have:
+            raise UserError(
+                f"{adapter} was trained with gates on {base_of(adapter)}, but {name} has no "
+                f"{key.removeprefix(PEFT_PREFIX)}: load it on that converted checkpoint."
+            )
+        if have[key] != shape:
+            raise UserError(
+                f"{adapter} has gates of shape {list(shape)} where {name} has {list(have[key])}: load it on the "
+                f"converted checkpoint that it was trained on, {base_of(adapter)}."
+            )
+    try:
+        return PeftModel.from_pretrained(model, adapter, **settings)
+    except (OSError, RuntimeError, ValueError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{adapter} does not fit {name}: {first_line(error)}") from error

@@ -1,0 +1,138 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Transformers' Trainer for gated models: a learning rate for the gates, a view of them, whole and sharded resumes."""
+
+import math
+import os
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import state_dict as distributed_state
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from gated_llama.checkpoint import GATES_NAME, WEIGHTS_NAME
+from gated_llama.gates import gate_parameter_groups, gate_parameters, is_gate
+from gated_llama.monitor import GateMonitor, LiveView, LossGuard
+
+
+class GateTraining:
+    """
+    For any subclass of `Trainer`, placed before it: the gates have a learning rate of their own and no weight decay,
+    every log tells what they do, and a run whose loss is no number, or has diverged, ends. For TRL:
+
+        class GatedSFTTrainer(GateTraining, SFTTrainer): ...
+
+    Args:
+        gate_lr: learning rate of the gates; 50 times `args.learning_rate` if None.
+    """
+
+    def __init__(self, *args, gate_lr: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gate_lr = gate_lr
+        self.gate_monitor = GateMonitor()
+        self.callback_handler.callbacks.insert(0, self.gate_monitor)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(LiveView)
+        self.pop_callback(PrinterCallback)
+        self._guard = LossGuard()
+        self._step_loss = 0.0
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = gate_parameter_groups(model, self.args.learning_rate, self.gate_lr, self.args.weight_decay)
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._step_loss += loss.item()
+        last_of_step = self.accelerator.gradient_state.sync_gradients
+        if last_of_step or not math.isfinite(self._step_loss):
+            rates = ", ".join(f"{group['initial_lr']:g}" for group in self.optimizer.param_groups)
+            self._guard.check(self._step_loss, self.state.global_step + 1, rates)
+            self._step_loss = 0.0
+        return loss
+
+
+class GatedTrainer(GateTraining, Trainer):
+    """
+    Transformers' Trainer with [`GateTraining`]. Where only gates are trained, its checkpoints hold only gates; and it
+    resumes models that `DistributedConfig` has sharded, which the Trainer alone does not.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not only_gates_are_trained(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        gates = {name: whole(parameter) for name, parameter in gate_parameters(self.model)}
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            save_file(gates, os.path.join(output_dir, GATES_NAME), metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        model = self.model if model is None else model
+        gates_only = only_gates_are_trained(model)
+        if not gates_only and not is_sharded(model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        weights = load_file(os.path.join(resume_from_checkpoint, GATES_NAME if gates_only else WEIGHTS_NAME))
+        options = distributed_state.StateDictOptions(full_state_dict=True, strict=False)
+        distributed_state.set_model_state_dict(model, weights, options=options)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        options = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = distributed_state.get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=options)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, "optimizer.pt"))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(os.path.join(checkpoint, "optimizer.pt"), map_location="cpu", weights_only=True)
+        options = distributed_state.StateDictOptions(full_state_dict=True)
+        distributed_state.set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=options)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
+
+
+def only_gates_are_trained(model: torch.nn.Module) -> bool:
+    return not hasattr(model, "peft_config") and all(
+        is_gate(name) for name, parameter in model.named_parameters() if parameter.requires_grad
+    )
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter on the CPU, gathered if it is sharded (then every process must ask)."""
+    tensor = parameter.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return getattr(model, "is_distributed_loading_by_transformers", False)
+
+
+def has_accelerator() -> bool:
+    return torch.accelerator.is_available()
+
+
+def training_arguments(output: str | os.PathLike, **settings) -> TrainingArguments:
+    """The Trainer's arguments as this project uses them: a short warm-up, then a cosine; Adam with beta2 0.95."""
+    defaults = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "adam_beta2": 0.95,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "prediction_loss_only": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "report_to": "none",
+        "use_cpu": not has_accelerator(),
+        "dataloader_pin_memory": has_accelerator(),
+    }
+    return TrainingArguments(str(output), **{**defaults, **settings})
