@@ -157,8 +157,12 @@ class FinetuneSettings:
             raise UserError(f"held_out is a share of the data from 0 to less than 1, not {self.held_out}.")
         if self.quantize and self.train != "lora":
             raise UserError(f"quantized weights cannot be trained: use train='lora', not {self.train!r}.")
-        if self.sharded and self.quantize:
-            raise UserError("quantized weights are not sharded: leave out quantize, or fsdp_size and tp_size.")
+        if self.sharded and self.train == "lora":
+            # PEFT trains a copy of the gates, and a sharded parameter cannot be copied (torch 2.13, peft 0.21).
+            raise UserError(
+                "LoRA with gates cannot be trained on sharded weights: leave out fsdp_size and tp_size (every process "
+                "then holds the model, quantized if need be), or train the gates or all of it."
+            )
 
     @property
     def sharded(self) -> bool:
@@ -400,7 +404,10 @@ def _trainer(
         disable_tqdm=not progress,
     )
     collator = DataCollatorForSeq2Seq(tokenizer)  # pads, and lets no padding count in the loss
-    return GatedTrainer(network, arguments, collator, rows, held_out, gate_lr=settings.gate_lr)
+    try:
+        return GatedTrainer(network, arguments, collator, rows, held_out, gate_lr=settings.gate_lr)
+    except (ImportError, RuntimeError, ValueError) as error:  # a logger that is not installed, a device that cannot
+        raise UserError(f"the Trainer does not take these settings: {first_line(error)}") from error
 
 
 def _run(trainer: GatedTrainer, last: Path | None) -> TrainOutput:

@@ -136,10 +136,10 @@ def _gate(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(grads: list[torch.Tensor]) -> float:
-    if not grads:
-        return 0.0
-    norm = torch.nn.utils.get_total_norm(grads)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    norms = [torch.linalg.vector_norm(grad) for grad in grads]
+    # One by one: sharded and whole gradients are not reduced together.
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return torch.stack(norms).norm().item() if norms else 0.0
 
 
 def _peak_memory() -> int:

@@ -3,6 +3,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +11,7 @@ from torch.distributed.checkpoint import state_dict as distributed_state
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gated_llama.checkpoint import GATES_NAME, WEIGHTS_NAME
+from gated_llama.checkpoint import GATES_NAME
 from gated_llama.gates import gate_parameter_groups, gate_parameters, is_gate
 from gated_llama.monitor import GateMonitor, LiveView, LossGuard
 
@@ -41,6 +42,12 @@ class GateTraining:
         if self.optimizer is None:
             model = self.model if model is None else model
             groups = gate_parameter_groups(model, self.args.learning_rate, self.gate_lr, self.args.weight_decay)
+            if is_sharded(model):  # fused optimizers take no sharded and whole parameters together
+                kinds = [lambda p: hasattr(p, "full_tensor"), lambda p: not hasattr(p, "full_tensor")]
+                groups = [
+                    {**group, "params": list(filter(kind, group["params"]))} for group in groups for kind in kinds
+                ]
+                groups = [group for group in groups if group["params"]]
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
@@ -62,6 +69,12 @@ class GatedTrainer(GateTraining, Trainer):
     resumes models that `DistributedConfig` has sharded, which the Trainer alone does not.
     """
 
+    def __init__(self, model, args: TrainingArguments, *more, **kwargs):
+        save_only_model = args.save_only_model
+        args.save_only_model = save_only_model or is_sharded(model)  # or the Trainer would refuse to save at all
+        super().__init__(model, args, *more, **kwargs)
+        self.args.save_only_model = save_only_model
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not only_gates_are_trained(self.model):
             super()._save(output_dir, state_dict)
@@ -73,11 +86,12 @@ class GatedTrainer(GateTraining, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
-        gates_only = only_gates_are_trained(model)
-        if not gates_only and not is_sharded(model):
+        if not only_gates_are_trained(model) and not is_sharded(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        weights = load_file(os.path.join(resume_from_checkpoint, GATES_NAME if gates_only else WEIGHTS_NAME))
+        weights = {}
+        for path in Path(resume_from_checkpoint).glob("*.safetensors"):
+            weights |= load_file(path)
         options = distributed_state.StateDictOptions(full_state_dict=True, strict=False)
         distributed_state.set_model_state_dict(model, weights, options=options)
 

@@ -34,13 +34,16 @@ def local_hub(root: Path):
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        def do_GET(self):
+        def parts(self) -> list[str]:
             parts = unquote(urlparse(self.path).path).strip("/").split("/")
-            if parts[:2] == ["api", "models"] and (root / parts[2] / parts[3]).is_dir():
+            return parts[1:] if parts[0] == "datasets" else parts  # their files are found as a model's
+
+        def do_GET(self):
+            parts = self.parts()
+            if parts[:1] == ["api"] and len(parts) > 3 and (root / parts[2] / parts[3]).is_dir():
                 files = files_of(root / parts[2] / parts[3])
                 if len(parts) > 4 and parts[4] == "tree":
-                    tree = [{"type": "file", "path": f, "size": len(b), "oid": sha(b)} for f, b in files.items()]
-                    self.answer(200, tree)
+                    self.answer(200, described(files))
                 else:
                     siblings = [{"rfilename": name} for name in files]
                     self.answer(200, {"id": "/".join(parts[2:4]), "sha": commit(files), "siblings": siblings})
@@ -58,11 +61,15 @@ def local_hub(root: Path):
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            parts = unquote(urlparse(self.path).path).strip("/").split("/")
+            parts = self.parts()
             if parts == ["api", "repos", "create"]:
                 name = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
                 (root / name).mkdir(parents=True, exist_ok=True)
                 self.answer(200, {"url": f"http://{self.headers['Host']}/{name}", "name": name})
+            elif parts[4:5] == ["paths-info"]:
+                wanted = json.loads(body)["paths"]
+                files = files_of(root / parts[2] / parts[3])
+                self.answer(200, described({name: files[name] for name in wanted if name in files}))
             elif parts[4:5] == ["preupload"]:
                 files = [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
                 self.answer(200, {"files": files})
@@ -95,6 +102,10 @@ def local_hub(root: Path):
 def files_of(repository: Path) -> dict[str, bytes]:
     paths = sorted(path for path in repository.rglob("*") if path.is_file())
     return {str(path.relative_to(repository)): path.read_bytes() for path in paths}
+
+
+def described(files: dict[str, bytes]) -> list[dict]:
+    return [{"type": "file", "path": name, "size": len(b), "oid": sha(b)} for name, b in files.items()]
 
 
 def sha(content: bytes) -> str:

@@ -316,6 +316,7 @@ def test_a_diverged_loss_ends_the_run():
         ({"length": 1}, "length must be at least 2"),
         ({"held_out": 1.0}, "held_out is a share"),
         ({"train": "full", "quantize": "4bit"}, "quantized weights cannot be trained"),
+        ({"fsdp_size": 2}, "LoRA with gates cannot be trained on sharded weights"),
         ({"quantize": "2bit"}, "no quantization '2bit'"),
         ({"length": 10_000}, "fill no row of 10000"),
     ],

@@ -47,5 +47,11 @@ def test_demo_runs_to_its_end(tmp_path):
     assert done.returncode == 0, done.stderr
     for part in ("equal to the bit", "layer 3", "punctuation", "--- before", "--- after", "[6/6] Done"):
         assert part in done.stdout
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"base", "gated", "gated-tuned", "train.jsonl", "eval.jsonl"}
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {
+        "base",
+        "gated",
+        "gated-tuned",
+        "train.jsonl",
+        "eval.jsonl",
+    }
     assert "loss=" in done.stderr
