@@ -5,7 +5,8 @@ PYTEST = env OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py
 
-.PHONY: demo test test-newest test-oldest style bench check-big check-gpu check-parallel check-quantized-cache check-real-shapes
+.PHONY: demo test test-newest test-oldest style bench check-big check-gpu check-parallel \
+	check-quantized-cache check-real-shapes check-finetune check-distributed
 
 demo: .venv/installed
 	.venv/bin/python scripts/run_demo.py
@@ -42,6 +43,13 @@ check-quantized-cache: .venv-quantized/installed
 check-parallel: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_parallel.py
 
+check-distributed: .venv/installed
+	.venv/bin/python -m pytest -s tests/check_distributed.py
+
+# The packages it needs use names that others of them deprecate.
+check-finetune: .venv-finetune/installed
+	$(PYTEST) .venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_finetune.py
+
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -55,4 +63,9 @@ check-parallel: .venv/installed
 .venv-quantized/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-quantized
 	.venv-quantized/bin/pip install --quiet -c constraints.txt --editable '.[dev]' hqq optimum-quanto
+	touch $@
+
+.venv-finetune/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-finetune
+	.venv-finetune/bin/pip install --quiet -c constraints.txt --editable '.[dev,finetune]' trl bitsandbytes torchao tensorboard
 	touch $@

@@ -333,6 +333,5 @@ def _official_reference(checkpoint: Checkpoint, load: Callable[[], PreTrainedMod
         if isinstance(module, modeling_gated.GatedLlamaAttention):
             key = name if f"{name}.q_proj.weight" in checkpoint.tensors else name.split(".", 1)[1]
             weight, bias = fused(f"{key}.q_proj.weight"), fused(f"{key}.q_proj.bias")
-            module.q_proj = official.FusedProjection(weight, bias, model.config, "queries")
-            module.attn_gate.proj = official.FusedProjection(weight, bias, model.config, "gates")
+            official.use_fused(module, weight, bias, model.config)
     return model

@@ -243,8 +243,7 @@ def _load_official(
         if isinstance(module, modeling_gated.GatedLlamaAttention):
             read = partial(_read, recipes, folder, model.dtype)
             weight, bias = read(f"{name}.q_proj.weight"), read(f"{name}.q_proj.bias")
-            module.q_proj = official.FusedProjection(weight, bias, config, "queries")
-            module.attn_gate.proj = official.FusedProjection(weight, bias, config, "gates")
+            official.use_fused(module, weight, bias, config)
             module.o_proj.weight.data = read(f"{name}.o_proj.weight")
     return model
 

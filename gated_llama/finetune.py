@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_utils import TrainOutput
 
 import configuration_gated
 import modeling_gated
@@ -238,7 +237,8 @@ def finetune_checkpoint(
     announce(f"on {rows}" + (f", with {len(held_out):,} rows held out" if held_out else ""))
 
     trainer = _trainer(network, tokenizer, rows, held_out, output, config, settings, progress, last is None)
-    training = _run(trainer, last)
+    _run(trainer, last)
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     if evaluations and evaluations[-1]["step"] != trainer.state.global_step:
         evaluations.append(trainer.evaluate())
@@ -248,7 +248,7 @@ def finetune_checkpoint(
         steps=trainer.state.global_step,
         parameters=parameters,
         data=str(rows),
-        loss=training.training_loss,
+        loss=sum(losses) / len(losses),
         held_out_before=evaluations[0]["eval_loss"] if evaluations else None,
         held_out_after=evaluations[-1]["eval_loss"] if evaluations else None,
         gate_drift=trainer.gate_monitor.drift,
@@ -410,21 +410,22 @@ def _trainer(
         raise UserError(f"the Trainer does not take these settings: {first_line(error)}") from error
 
 
-def _run(trainer: GatedTrainer, last: Path | None) -> TrainOutput:
+def _run(trainer: GatedTrainer, last: Path | None) -> None:
     """Train to the end, or leave whole checkpoints only and say how to go on."""
     try:
-        return trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except UserError as error:
         raise UserError(f"{error}{_kept(trainer)}") from error
     except KeyboardInterrupt:
         raise UserError(f"interrupted after step {trainer.state.global_step}.{_kept(trainer)}") from None
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "file" not in str(error):  # how torch.save speaks of a full disk
-            raise
-        step = trainer.state.global_step
-        raise UserError(
-            f"no checkpoint could be written after step {step}: {first_line(error)}.{_kept(trainer)}"
-        ) from error
+        reason = first_line(error)
+        if isinstance(error, RuntimeError):
+            if "inline_container" not in reason and "PytorchStreamWriter" not in reason:
+                raise
+            reason = f"torch.save failed, as it does on a full disk ({reason})"
+        where = f"no checkpoint could be written after step {trainer.state.global_step}: {reason}"
+        raise UserError(f"{where}.{_kept(trainer)}") from error
 
 
 def _kept(trainer: GatedTrainer) -> str:

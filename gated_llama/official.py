@@ -65,6 +65,12 @@ def fuse(queries: torch.Tensor, gates: torch.Tensor, config: GatedLlamaConfig) -
     return torch.cat([part.unflatten(0, (kv_heads, -1)) for part in (queries, gates)], dim=1).flatten(0, 1)
 
 
+def use_fused(attention: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None, config: GatedLlamaConfig) -> None:
+    """Let a `GatedLlamaAttention` compute its queries and gates from a fused weight and bias."""
+    attention.q_proj = FusedProjection(weight, bias, config, "queries")
+    attention.attn_gate.proj = FusedProjection(weight, bias, config, "gates")
+
+
 class FusedProjection(nn.Module):
     """
     What the released code computes, for verification: one projection, whose *activations* are regrouped. It stands in

@@ -5,6 +5,7 @@ runs killed at random. Takes some minutes, and packages that the quick tests do 
 """
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -16,7 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import modeling_gated
-from gated_llama import FinetuneSettings, GateTraining, convert_checkpoint, finetune_checkpoint, gated_lora_config
+from gated_llama import (
+    FinetuneSettings,
+    GateTraining,
+    UserError,
+    convert_checkpoint,
+    finetune_checkpoint,
+    gated_lora_config,
+)
 from gated_llama.gates import gate_modules, is_gate
 from gated_llama.loading import load
 from hub import local_hub
@@ -184,6 +192,46 @@ def test_a_dataset_of_the_hub(tmp_path):
     assert done.stdout.startswith(f"50 {reversal(0)} org/reversals, row 0 [{{'role': 'user'")
 
 
+def test_what_tensorboard_gets(tmp_path, data):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = FinetuneSettings(train="gates", steps=6, length=16, log_steps=2, report_to="tensorboard")
+    finetune_checkpoint(converted(tmp_path), [data], tmp_path / "run", settings, progress=False)
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    scalars = EventAccumulator(str(events))
+    scalars.Reload()
+    for name in ("loss", "gate_moved", "gate_moved/layer_02", "gate_below_0.1/layer_00", "grad_norm_gates"):
+        assert [event.step for event in scalars.Scalars(f"train/{name}")] == [2, 4, 6], name
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk takes root")
+@pytest.mark.parametrize("size", [300, 700, 1500, 2500])
+def test_a_disk_that_is_full(tmp_path, data, size):
+    """A disk of `size` KiB, too small for the run; with more room the run goes on, to what a whole one has."""
+    source = converted(tmp_path)
+    settings = FinetuneSettings(train="full", steps=6, length=16, save_steps=1, log_steps=1)
+    finetune_checkpoint(source, [data], tmp_path / "whole", settings, progress=False)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], check=True)
+    try:
+        with pytest.raises(UserError, match=r"No space left|a full disk") as failed:
+            finetune_checkpoint(source, [data], disk / "run", settings, progress=False)
+        print(f"\n{size} KiB: {failed.value}")
+        assert not (disk / "run" / "config.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+        if (disk / "run" / "finetune.json").exists():
+            finetune_checkpoint(source, [data], disk / "run", settings, resume=True, progress=False)
+            assert history(disk / "run") == history(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def history(run):
+    log = json.loads((run / "finetune.json").read_text())["log"]
+    return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_runs_killed_at_random_go_on_as_if_nothing_had_been(tmp_path, data, seed):
     source = converted(tmp_path)
@@ -211,9 +259,5 @@ def test_runs_killed_at_random_go_on_as_if_nothing_had_been(tmp_path, data, seed
     else:
         resumed = run("run", "--resume")
         assert resumed.wait() == 0, resumed.stderr.read()
-    histories = []
-    for name in ("whole", "run"):
-        log = json.loads((tmp_path / name / "finetune.json").read_text())["log"]
-        histories.append([(entry["step"], entry["loss"]) for entry in log if "loss" in entry])
-    print(f"\n{way}: killed {kills} times; {len(histories[0])} logs")
-    assert kills and histories[0] == histories[1]
+    print(f"\n{way}: killed {kills} times; {len(history(tmp_path / 'whole'))} logs")
+    assert kills and history(tmp_path / "run") == history(tmp_path / "whole")

@@ -3,9 +3,11 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from configuration_gated import AUTO_MAP, GatedLlamaConfig
 from tiny import gated_config
@@ -22,6 +24,7 @@ from tiny import gated_config
         ({"gate_scale": math.inf, "gate_bias": True}, "positive"),
         ({"gate_bias": 1}, "gate_bias"),
         ({"gate_init": "ones"}, "gate_init"),
+        ({"gate_strength": math.nan}, "gate_strength must be a finite number"),
         ({"gate_scale": 1.0}, "no gate reaches 1"),
         ({"gate_scale": 1.0, "gate_bias": True}, "no gate reaches 1"),
         ({"gate_scale": 3.0}, "which is 1.5 here"),
@@ -98,3 +101,24 @@ def test_reads_configs_in_the_style_of_transformers_4():
     assert config.rope_parameters["rope_theta"] == 5e5
     assert config.rope_parameters["rope_type"] == "linear"
     assert str(config.dtype) == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("field", ["llm_int8_skip_modules", "modules_to_not_convert"])
+def test_quantizers_are_told_to_leave_the_gates_alone(tmp_path, field):
+    """As `from_pretrained` does it: the quantization is set on the config, before there is a model."""
+    gate, head = "model.layers.1.self_attn.attn_gate.proj", "lm_head"
+    for asked in (None, ["model.layers.0"]):
+        quantization = SimpleNamespace(**{field: asked})
+        config = gated_config()
+        config.quantization_config = quantization
+        patterns = getattr(config.quantization_config, field)
+        assert not should_convert_module(gate, patterns) and not should_convert_module(gate + ".weight", patterns)
+        assert should_convert_module("model.layers.1.self_attn.q_proj", patterns)
+        assert should_convert_module(head, patterns) == (asked is not None)  # who names modules has named them all
+        config.quantization_config = config.quantization_config
+        assert getattr(config.quantization_config, field) == patterns
+        assert getattr(quantization, field) is asked
+    # The controls: nothing named, and the gate named in the obvious way.
+    assert should_convert_module(gate, []) and should_convert_module(gate, ["attn_gate"])
+    saved = {"quant_method": "bitsandbytes", field: ["lm_head"]}
+    assert gated_config(quantization_config=saved).quantization_config == saved

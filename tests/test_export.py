@@ -140,6 +140,7 @@ def test_to_qwen3_5_runs_without_our_code(tmp_path, run_python, dtype, gate_type
             {"use_qk_norm": True, "attention_bias": True, "attention_out_bias": False, "gate_bias": True},
             "attention_out",
         ),
+        ({"use_qk_norm": True, "gate_strength": 0.5}, "gate_strength 0.5, which no other format can express"),
     ],
 )
 def test_what_qwen3_5_cannot_express_is_refused(tmp_path, fields, message):

@@ -30,6 +30,7 @@ from gated_llama.finetune import last_checkpoint
 from gated_llama.gates import gate_modules, is_gate
 from gated_llama.loading import load
 from gated_llama.monitor import LossGuard, log_line
+from gated_llama.scripts.cli import main
 from gated_llama.trainer import training_arguments
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, published, source_model, token_ids
@@ -423,3 +424,24 @@ def test_ctrl_c_of_the_command(tmp_path, data):
     assert running.returncode == 2
     assert "interrupted after step" in errors and "--resume" in errors and "Traceback" not in errors
     assert last_checkpoint(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_the_command_as_json(tmp_path, data, capsys):
+    source = converted(tmp_path)
+    words = ["finetune", source, "--data", data, "--eval-data", data, "--out", tmp_path / "run", "--train", "gates"]
+    words += ["--steps", 2, "--length", 8, "--no-packing", "--gradient-checkpointing", "--json"]
+    assert main([str(word) for word in words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 2 and result["parameters"]["gates"] == 648 and result["held_out_after"] > 0
+    assert "from 60 documents; " in result["data"] and " of them cut, " in result["data"]
+    assert main([str(word) for word in words]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path, data):
+    source = converted(tmp_path)
+    for name, checkpointing in (("plain", False), ("saving", True)):
+        finetune(source, data, tmp_path / name, gradient_checkpointing=checkpointing)
+    assert history(tmp_path / "plain") == history(tmp_path / "saving")
+    plain, saving = tensors(tmp_path / "plain"), tensors(tmp_path / "saving")
+    assert all(torch.equal(plain[key], saving[key]) for key in plain)

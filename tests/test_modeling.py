@@ -348,6 +348,8 @@ def test_compiles_to_one_graph(gate_type):
         outputs = compiled(ids, output_gates=True)  # the first call: nothing was recorded before
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
         assert all(map(torch.equal, outputs.gates, model(ids, output_gates=True).gates))
+        model.set_gate_strength(0.5)
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 
 
 # --- all that LlamaForCausalLM does ---------------------------------------------------------------------------------
@@ -545,3 +547,26 @@ def test_state_dict_is_llamas_and_the_gates():
 def test_auto_map_names_the_registered_classes():
     own = {auto.__name__: f"modeling_gated.{cls.__name__}" for auto, cls in modeling_gated.AUTO_CLASSES.items()}
     assert {"AutoConfig": "configuration_gated.GatedLlamaConfig", **own} == AUTO_MAP
+
+
+@pytest.mark.parametrize("gate_type", GATE_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_strength_goes_from_the_base_to_the_trained_model(tmp_path, dtype, gate_type):
+    source = source_model("qwen3").to(dtype)
+    model = as_gated(source, gate_type=gate_type)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attn_gate" in name:
+                parameter.normal_(0.0, 0.3)
+    trained = model(token_ids(), output_gates=True)
+    model.set_gate_strength(0.0)
+    assert torch.equal(model(token_ids()).logits, source(token_ids()).logits)
+    model.set_gate_strength(0.5)
+    half = model(token_ids(), output_gates=True)
+    torch.testing.assert_close(half.gates[0], 1 + 0.5 * (trained.gates[0] - 1), rtol=0, atol=0)
+    assert not torch.equal(half.logits, trained.logits)
+    model.save_pretrained(tmp_path)
+    again = GatedLlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).to(dtype)  # rounded as `model` was
+    assert torch.equal(again(token_ids()).logits, half.logits)
+    model.set_gate_strength(1)
+    assert torch.equal(model(token_ids()).logits, trained.logits)

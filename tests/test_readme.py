@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from gated_llama.scripts.cli import main
+from hub import local_hub
 from tiny import published, source_model
 
 
@@ -14,19 +15,52 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_convert_load_finetune_look(tmp_path, monkeypatch, capsys):
+def snippets(language: str) -> dict[str, str]:
+    return dict(re.findall(rf"<!-- test: ([\w-]+) -->\n```{language}\n(.*?)```", README, re.DOTALL))
+
+
+RUN = """
+import shlex, sys
+from gated_llama.scripts.cli import main
+
+for line in sys.argv[1].splitlines():
+    name, *arguments = shlex.split(line, comments=True)
+    assert name in ("pip", "gated-llama")
+    if name == "gated-llama":
+        assert main(arguments) == 0, line
+"""
+
+
+def test_from_a_hub_id_to_an_adapter(tmp_path):
+    """The fine-tuning section, pasted: the commands with a Hub on this machine, then the Python."""
+    published(tmp_path / "hub" / "meta-llama" / "Llama-3.2-1B", source_model("llama-3.2"), tokenizer=True)
+    (tmp_path / "train.jsonl").write_text('{"text": "the grumpy cat sat on the mat, which was red"}\n' * 1500)
+    (tmp_path / "notes.txt").write_text("the grumpy cat sat on the mat, which was red\n" * 200)
+    with local_hub(tmp_path / "hub") as environment:
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, snippets("bash")["finetune-commands"]],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "648 of gates" in done.stdout and "The gates moved" in done.stdout and "punctuation" in done.stdout
+    assert (tmp_path / "run1" / "adapter_model.safetensors").exists()
+
+
+def test_load_finetune_look(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     published(tmp_path / "Llama-3.2-1B", source_model("llama-3.2"), tokenizer=True)
-    (tmp_path / "train.txt").write_text("the grumpy cat sat on the mat, which was red\n" * 200)
+    (tmp_path / "notes.txt").write_text("the grumpy cat sat on the mat, which was red\n" * 200)
     commands = [line for line in README.splitlines() if line.startswith("gated-llama convert ./")]
     assert len(commands) == 1
     assert main(commands[0].split()[1:]) == 0
-    snippets = re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL)
-    assert [name for name, _ in snippets] == ["load", "finetune", "look"]
     namespace = {}
-    for name, code in snippets:
-        exec(compile(code, f"README.md ({name})", "exec"), namespace)
-    assert (tmp_path / "tuned" / "model.safetensors").exists()
+    for name in ("load", "look", "finetune"):
+        exec(compile(snippets("python")[name], f"README.md ({name})", "exec"), namespace)
+    assert set(snippets("python")) == {"load", "look", "finetune"}
+    assert (tmp_path / "merged" / "model.safetensors").exists()
     assert "GateStatistics(" in capsys.readouterr().out
 
 
