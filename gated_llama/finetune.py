@@ -17,7 +17,6 @@ import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import (
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -44,12 +43,16 @@ from gated_llama.data import Rows, one_row_each, pack, read_documents, shuffled,
 from gated_llama.errors import UserError, first_line
 from gated_llama.families import read_gated_config
 from gated_llama.gates import gate_parameters, is_gate, train_only_gates, write_with_gates
-from gated_llama.loading import ADAPTER_CONFIG, load
+from gated_llama.loading import ADAPTER_CONFIG, load, load_tokenizer
 from gated_llama.trainer import GatedTrainer, has_accelerator, is_sharded, training_arguments, whole
 
 
 # The ways to train, and the learning rates of the weights that are customary for them.
 LEARNING_RATES = {"lora": 2e-4, "gates": 2e-5, "full": 2e-5}
+POSITIVE = (
+    *("epochs", "steps", "length", "batch_size", "accumulate", "lr", "lora_rank", "fsdp_size", "tp_size"),
+    *("save_steps", "log_steps"),
+)
 # In the folder of a run, beside what it made: its checkpoints, and what it was asked to do and did.
 CHECKPOINTS = "checkpoints"
 RECORD = "finetune.json"
@@ -137,19 +140,11 @@ class FinetuneSettings:
             raise UserError(f"there is no way to train {self.train!r}: {', '.join(LEARNING_RATES)} are.")
         if self.quantize not in (None, "4bit", "8bit"):
             raise UserError(f"there is no quantization {self.quantize!r}: 4bit and 8bit are.")
-        for name in (
-            "epochs",
-            "steps",
-            "length",
-            "batch_size",
-            "accumulate",
-            "lr",
-            "lora_rank",
-            "fsdp_size",
-            "tp_size",
-        ):
-            if (value := getattr(self, name)) is not None and value <= 0:
+        for name, value in asdict(self).items():
+            if name in POSITIVE and value is not None and not value > 0:
                 raise UserError(f"{name} must be more than 0, not {value}.")
+            if name in ("gate_lr", "weight_decay") and not value >= 0:
+                raise UserError(f"{name} must not be negative, and is {value}.")
         if self.length < 2:
             raise UserError("length must be at least 2: one token predicts nothing.")
         if not 0 <= self.held_out < 1:
@@ -221,23 +216,29 @@ def finetune_checkpoint(
     refuse_nesting(found.folder, output)
     checkpoint = read_checkpoint(found.folder)
     config = read_gated_config(checkpoint.config, str(found.folder / CONFIG_NAME))
-    asked = {"model": found.name, "data": [str(source) for source in data], **asdict(settings)}
+    if config.architectures != ["GatedLlamaForCausalLM"]:
+        raise UserError(f"{found.folder} holds a {config.architectures[0]}: only causal language models are trained.")
+    asked = {"model": _name(found), "data": [str(source) for source in data], **asdict(settings)}
     asked["processes"] = processes.num_processes
 
-    tokenizer = AutoTokenizer.from_pretrained(found.folder)
+    tokenizer = load_tokenizer(found.folder)
     rows, held_out = _rows(tokenizer, asked["data"], settings, progress and processes.is_main_process)
     if processes.is_main_process:
         _open_run(output, asked, resume)
     processes.wait_for_everyone()
     last = last_checkpoint(output / CHECKPOINTS)
-    set_seed(settings.seed)  # adapters start at random
-    network = _load_network(found, config, settings)
-    parameters = count_parameters(network)
-    announce(str(parameters))
-    announce(f"on {rows}" + (f", with {len(held_out):,} rows held out" if held_out else ""))
-
-    trainer = _trainer(network, tokenizer, rows, held_out, output, config, settings, progress, last is None)
-    _run(trainer, last)
+    try:
+        set_seed(settings.seed)  # adapters start at random
+        network = _load_network(found, config, settings)
+        parameters = count_parameters(network)
+        announce(str(parameters))
+        announce(f"on {rows}" + (f", with {len(held_out):,} rows held out" if held_out else ""))
+        trainer = _trainer(network, tokenizer, rows, held_out, output, config, settings, progress, last is None)
+        _run(trainer, last)
+    except BaseException:
+        if processes.is_main_process and last_checkpoint(output / CHECKPOINTS) is None:
+            _forget_run(output)
+        raise
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     if evaluations and evaluations[-1]["step"] != trainer.state.global_step:
@@ -256,6 +257,11 @@ def finetune_checkpoint(
     )
     _write_result(trainer, checkpoint, config, found, result)
     return result
+
+
+def _name(source: Source) -> str:
+    """By which it can be found again."""
+    return source.name if source.on_hub else str(source.folder.resolve())
 
 
 def _rows(
@@ -303,6 +309,14 @@ def _open_run(output: Path, asked: dict, resume: bool) -> None:
         record.write_text(json.dumps({"asked": asked, "versions": versions}, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror}.") from error
+
+
+def _forget_run(output: Path) -> None:
+    """Leave no trace of a run that came to nothing."""
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    (output / RECORD).unlink(missing_ok=True)
+    if not any(output.iterdir()):
+        output.rmdir()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -365,7 +379,7 @@ def _with_lora(network: PreTrainedModel, found: Source, settings: FinetuneSettin
     if settings.quantize:
         network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
     # What the adapter will name as its base.
-    network.name_or_path = found.name if found.on_hub else str(found.folder.resolve())
+    network.name_or_path = _name(found)
     return get_peft_model(
         network, gated_lora_config(settings.lora_rank, mlp=settings.lora_mlp, revision=found.revision)
     )
@@ -418,6 +432,11 @@ def _run(trainer: GatedTrainer, last: Path | None) -> None:
         raise UserError(f"{error}{_kept(trainer)}") from error
     except KeyboardInterrupt:
         raise UserError(f"interrupted after step {trainer.state.global_step}.{_kept(trainer)}") from None
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory at step {trainer.state.global_step + 1}: use a smaller batch_size (and accumulate) or "
+            f"length, gradient_checkpointing, or quantize.{_kept(trainer)}"
+        ) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = first_line(error)
         if isinstance(error, RuntimeError):
@@ -469,11 +488,11 @@ def _write_result(
                 for module in (configuration_gated, modeling_gated):
                     shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
             (partial / "README.md").write_text(finetuning_card(result, found), encoding="utf-8")
-            for path in sorted(partial.iterdir(), key=lambda path: path.name in (CONFIG_NAME, ADAPTER_CONFIG)):
-                path.replace(output / path.name)
-            partial.rmdir()
             record = read_json(output / RECORD) | {"result": asdict(result), "log": trainer.state.log_history}
-            (output / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            last = ("", CONFIG_NAME, ADAPTER_CONFIG, RECORD)
+            for path in sorted(partial.iterdir(), key=lambda path: last.index(path.name if path.name in last else "")):
+                path.replace(output / path.name)
     except (OSError, SafetensorError) as error:
         kept = _kept(trainer)
         raise UserError(f"{output}: the result could not be written: {first_line(error)}.{kept}") from error

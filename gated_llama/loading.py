@@ -2,6 +2,8 @@
 """Load a checkpoint or an adapter for a command: a model with its tokenizer, no code of the checkpoint run."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,9 +27,23 @@ def load(source: str | os.PathLike, **settings) -> tuple[PreTrainedModel, PreTra
 
         model, tokenizer = load(base_of(source), **settings)
         return load_adapter(model, source), tokenizer
+    with _refusals(source, "a causal language model"):
+        model = AutoModelForCausalLM.from_pretrained(source, **settings)
+    return model, load_tokenizer(source)
+
+
+def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        UserError: there is no tokenizer at `source`.
+    """
+    with _refusals(source, "a tokenizer"):
+        return AutoTokenizer.from_pretrained(source)
+
+
+@contextmanager
+def _refusals(source: str | os.PathLike, what: str) -> Iterator[None]:
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **settings), AutoTokenizer.from_pretrained(source)
+        yield
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"{source} cannot be loaded as a causal language model with a tokenizer: {first_line(error)}"
-        ) from error
+        raise UserError(f"{source} cannot be loaded as {what}: {first_line(error)}") from error

@@ -88,6 +88,7 @@ class GateMonitor(TrainerCallback):
             hook.remove()
         self._hooks = []
         self.steps = (self.steps[0], state.global_step)
+        control.should_log |= state.global_step == state.max_steps  # the end of a run is always told
         if self._drifts:
             self.drift = torch.stack(list(self._drifts.values())).mean().item()
 

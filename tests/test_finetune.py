@@ -298,6 +298,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, data):
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"loss of step 1 is nan.*the likely cause is the checkpoint"):
         finetune(tmp_path / "bad-gated", data, tmp_path / "run2", train="gates", held_out=0)
+    assert not (tmp_path / "run2").exists()  # nothing came of it
 
 
 def test_a_diverged_loss_ends_the_run():
@@ -314,6 +315,8 @@ def test_a_diverged_loss_ends_the_run():
     [
         ({"train": "some"}, "no way to train 'some'"),
         ({"steps": 0}, "steps must be more than 0"),
+        ({"gate_lr": -1.0}, "gate_lr must not be negative"),
+        ({"report_to": "nowhere"}, "the Trainer does not take these settings: nowhere"),
         ({"length": 1}, "length must be at least 2"),
         ({"held_out": 1.0}, "held_out is a share"),
         ({"train": "full", "quantize": "4bit"}, "quantized weights cannot be trained"),
