@@ -126,7 +126,7 @@ def gated(tmp_path):
 
 def test_finetune_and_inspect(gated, tmp_path):
     text = tmp_path / "text.txt"
-    quick = ("--steps", 2, "--length", 16, "--gate-lr", 0.1)
+    quick = ("--steps", 4, "--length", 16, "--gate-lr", 0.1)
     done = command("finetune", gated, "--data", text, "--out", tmp_path / "tuned", *quick)
     assert done.returncode == 0, done.stderr
     assert "training 12,168 of " in done.stdout and "648 of gates" in done.stdout
