@@ -132,7 +132,8 @@ def test_finetune_and_inspect(gated, tmp_path):
     assert "training 12,168 of " in done.stdout and "648 of gates" in done.stdout
     assert "on 688 tokens in 43 rows from 1 documents" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("The gates moved by ")
-    assert "gates ▄▄▄ mean 1.0" in done.stderr and "held-out loss" in done.stderr
+    assert "step 1: loss " in done.stderr and "| gates ▄▄▄ mean 1.000, |g-1| 0.0000" in done.stderr
+    assert "tokens/s | peak " in done.stderr and "step 4: held-out loss" in done.stderr
     done = command("inspect", tmp_path / "tuned", "--text", text, "--length", 16, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
