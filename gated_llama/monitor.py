@@ -19,7 +19,7 @@ from gated_llama.gates import gate_modules, is_gate
 
 PROBES = 64  # tokens whose gates are followed through the run
 UNMOVED = 1e-3  # a mean change of the gates below this is none
-BARS = "▁▂▃▄▅▆▇█"
+BARS = "▁▂▃▄▅▆▇"  # an open gate is the one in the middle
 
 
 class GateMonitor(TrainerCallback):
@@ -173,7 +173,7 @@ def log_line(step: int, logs: dict) -> str:
     parts = [f"step {step}: loss {logs['loss']:.4f}"]
     if "gate_mean" in logs:
         layers = [value for name, value in logs.items() if name.startswith("gate_mean/")]
-        drawn = "".join(BARS[min(7, max(0, int(value * 4)))] for value in layers)
+        drawn = "".join(BARS[min(6, round(value * 3))] for value in layers)
         parts.append(
             f"gates {drawn} mean {logs['gate_mean']:.3f}, |g-1| {logs['gate_moved']:.4f}, "
             f"<0.1 {logs['gate_below_0.1']:.1%}, >1.5 {logs['gate_above_1.5']:.1%}"

@@ -369,7 +369,7 @@ def test_every_log_tells_what_the_gates_do(tmp_path):
     assert log["grad_norm_gates"] > 0
     assert log["tokens_per_second"] > 0 and log["peak_memory_gb"] > 0.1
     line = log_line(4, log)
-    assert "gates ▅▁█ mean 0.977" in line and "tokens/s" in line
+    assert "gates ▄▁▇ mean 0.977" in line and "tokens/s" in line
     assert log["gate_drift"] == 0
     assert "The gates did not move" in trainer.gate_monitor.verdict()
 
