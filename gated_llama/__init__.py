@@ -17,8 +17,7 @@ _HOME = {
     "FinetuneResult": "finetune",
     "FinetuneSettings": "finetune",
     "GateMonitor": "monitor",
-    "GateReport": "diagnose",
-    "GateStatistics": "diagnose",
+    "Measurements": "diagnose",
     "GateTraining": "trainer",
     "GatedTrainer": "trainer",
     "UserError": "errors",
@@ -27,11 +26,10 @@ _HOME = {
     "export_checkpoint": "export",
     "finetune_checkpoint": "finetune",
     "gate_parameter_groups": "gates",
-    "gate_statistics": "diagnose",
     "gated_lora_config": "adapters",
-    "held_out_loss": "diagnose",
     "load_adapter": "adapters",
-    "token_blocks": "data",
+    "measure": "diagnose",
+    "token_windows": "data",
     "train_only_gates": "gates",
 }
 

@@ -160,17 +160,23 @@ def one_row_each(documents: Sequence[list[int]], length: int) -> Rows:
     return Rows(rows, len(documents), sum(cut > 0 for cut in lost), sum(lost))
 
 
-def token_blocks(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document | str], length: int) -> torch.Tensor:
+def token_windows(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document | str], length: int) -> torch.Tensor:
     """
-    [`pack`]ed tokens as one tensor `(blocks, length)`.
+    All tokens one after the other, cut into windows `(windows, length)`, each of which begins as the tokenizer begins a
+    text: with the beginning-of-text token if it adds one.
 
     Raises:
-        UserError: the documents do not fill one block.
+        UserError: the documents do not fill one window.
     """
-    rows = pack(tokenize(tokenizer, documents), length)
-    if not len(rows):
-        raise UserError(f"the text has {rows.dropped} tokens, fewer than one block of {length}: give more text.")
-    return rows.rows
+    bos = tokenizer.bos_token_id
+    begin = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+    ids = [token for document in tokenize(tokenizer, documents) for token in document if [token] != begin]
+    content = length - len(begin)
+    count = len(ids) // content if content > 0 else 0
+    if count == 0:
+        raise UserError(f"the text has {len(ids)} tokens, which fill no window of {length}: give more text.")
+    rows = torch.tensor(ids[: count * content]).view(count, content)
+    return torch.cat([torch.tensor(begin, dtype=rows.dtype).expand(count, len(begin)), rows], dim=1)
 
 
 def split_off(rows: Rows, share: float) -> tuple[Rows, Rows | None]:

@@ -1,15 +1,30 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Look at the gates of a model on a text: how far they are from open, by layer and by kind of token."""
+"""
+Look inside a model on a text: attention sinks, massive activations, gates, and what the gates are worth. Everything is
+summed up as it passes; no attention map and nothing per token is kept.
+"""
 
+import json
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
+from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gated_llama.attention import watched
 from gated_llama.errors import UserError
+from gated_llama.gates import gate_modules
 
 
+SINK_SHARE = 0.3  # ε of the sink rate
+SINK_LENGTH = 64  # T of the sink rate as it is published
+FIRST_QUERIES = 16  # have few keys to look at, so that each gets much
+GATE_BINS = 40
 FUNCTION_WORDS = frozenset(
     "a an and are as at be but by for from has have if in into is it its no not of on or so than that the their then "
     "there these they this to was were which will with would you".split()
@@ -32,6 +47,72 @@ class GateStatistics:
 class GateReport:
     layers: list[GateStatistics]
     kinds: dict[str, GateStatistics]  # over all layers
+    heads: list[list[float]]  # mean gate, layer by layer
+    histogram: list[list[int]]  # layer by layer; GATE_BINS bins from 0 to `histogram_end`
+    histogram_end: float
+    always_open: list[tuple[int, int]]  # (layer, head) within 0.1 of 1 at every token and channel
+    always_shut: list[tuple[int, int]]  # below 0.1 at every token and channel
+
+
+@dataclass(frozen=True)
+class AttentionReport:
+    """
+    Attention to the first token and attention sinks.
+
+    `first_token` is F-Attn of Qiu et al. (arXiv 2505.06708, Table 4): the attention weight on the first token, averaged
+    over queries, heads and layers; `first_token_later` the same without the first 16 queries. The sink rates are
+    Sink^ε_1 of Gu et al. ("When Attention Sink Emerges", arXiv 2410.10781): the share of heads that give the first
+    token more than ε = 0.3 of their attention on average over all queries, here averaged over windows.
+    """
+
+    first_token: float
+    first_token_later: float
+    heads: list[list[float]]  # F-Attn, layer by layer
+    sink_rate: dict[int, float]  # by length: of the first 64, 128, … tokens of the windows, and of all of them
+    sink_heads: list[list[float]]  # share of windows in which a head is a sink, at the full length
+    sink_positions: list[tuple[int, float]]  # other positions too: (position, share of heads), the ten with the most
+    output_size: list[float]  # mean |x| of each layer's output, before any gate
+
+
+@dataclass(frozen=True)
+class ActivationReport:
+    """
+    Massive activations (Sun et al., arXiv 2402.17762) in the residual stream behind each layer, averaged over windows.
+    M-Act (Qiu et al., Table 4) is the mean over layers of the largest.
+    """
+
+    top3: list[list[float]]  # the three largest |x|
+    median: list[float]  # of |x|
+    above_100: float  # share of layers whose largest |x| is above 100
+    massive: float  # … and above 1000 medians too, which is what makes it massive
+    m_act: float
+    # What makes quantization hard (Bondarenko et al., arXiv 2306.12929): of the inputs of these linears, by layer. That
+    # of o_proj is the attention's output after the gate.
+    input_size: dict[str, list[float]]  # mean |x|
+    input_max: dict[str, list[float]]
+    input_kurtosis: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    model: str
+    gated: bool
+    windows: int
+    length: int
+    loss: float  # nats a token
+    loss_by_position: list[tuple[int, float]]  # (first position, mean loss up to the next)
+    attention: AttentionReport
+    activations: ActivationReport
+    gates: GateReport | None
+    # Loss with the gates in another state, and the mean KL divergence from the model as it is, in nats a token.
+    without_gates: dict[str, tuple[float, float]] | None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
 
 
 def token_kind(text: str) -> str:
@@ -46,42 +127,283 @@ def token_kind(text: str) -> str:
     return "function word" if word.lower() in FUNCTION_WORDS else "other"
 
 
-@torch.no_grad()
-def gate_statistics(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, blocks: torch.Tensor, batch_size: int = 8
-) -> GateReport:
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: torch.Tensor,
+    *,
+    batch_size: int = 1,
+    compared_windows: int = 4,
+    progress: bool = False,
+) -> Measurements:
     """
-    Gate statistics over the token ids `blocks` (blocks, T), in memory that does not grow with their number.
+    Args:
+        model: a causal language model whose layers are Llama's: Llama, Mistral, Qwen2, Qwen3 or gated.
+        windows: token ids (windows, T) without padding, each measured by itself.
+        compared_windows: how many of them to run again with the gates open and inverted, if there are gates.
 
     Raises:
-        UserError: the model returns no gates.
+        UserError: the windows are too short, hold tokens that the model does not have, or the loss is no number.
     """
+    length = windows.shape[1]
+    if length < 2:
+        raise UserError(f"windows of {length} tokens are too short to measure: take at least 2.")
+    if windows.max() >= model.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"the tokenizer made token {int(windows.max())}, and the model has "
+            f"{model.get_input_embeddings().num_embeddings}: it is not this model's tokenizer."
+        )
     model.eval()
-    sums: dict[tuple[int, str], torch.Tensor] = {}
-    for part in blocks.split(batch_size):
-        gates = getattr(model(part.to(model.device), output_gates=True, use_cache=False), "gates", None)
-        if gates is None:
-            raise UserError(f"{type(model).__name__} has no gates to look at: convert the checkpoint first.")
-        kinds = _kinds(tokenizer, part)  # (B, T)
-        for layer, gate in enumerate(gates):
-            gate = gate.float().cpu()  # (B, T, N·G)
-            measured = torch.stack([torch.ones_like(gate), gate, (gate - 1).abs(), gate < 0.1, gate > 1.5])
-            for number, kind in enumerate(KINDS):
-                chosen = measured[:, kinds == number].double().sum((1, 2))  # (5, tokens, N·G) -> (5,)
-                sums[layer, kind] = sums.get((layer, kind), 0.0) + chosen
-    values_per_token = gates[0].shape[-1]
-    layers = range(len(gates))
-
-    def summary(keys) -> GateStatistics:
-        keys = list(keys)
-        count, *rest = sum(sums[key] for key in keys).tolist()
-        per_layer = len({layer for layer, _ in keys}) * values_per_token
-        return GateStatistics(round(count / per_layer), *(value / count if count else float("nan") for value in rest))
-
-    return GateReport(
-        layers=[summary((layer, kind) for kind in KINDS) for layer in layers],
-        kinds={kind: summary((layer, kind) for layer in layers) for kind in KINDS},
+    gates = gate_modules(model)
+    attention, activations = _AttentionSums(model.config, length), _ActivationSums(model)
+    gate_sums = _GateSums(model, tokenizer) if gates else None
+    losses = torch.zeros(length - 1, dtype=torch.float64)
+    with ExitStack() as stack, tqdm(total=windows.numel(), unit=" tokens", disable=not progress) as bar:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(watched(model, attention.see))
+        stack.enter_context(activations.hooked())
+        if gate_sums:
+            stack.enter_context(gate_sums.hooked())
+        for part in windows.split(batch_size):
+            if gate_sums:
+                gate_sums.begin(part)
+            losses += _losses(_logits(model, part), part).sum(0)
+            attention.end()
+            bar.update(part.numel())
+    losses /= len(windows)
+    if not losses.isfinite().all():
+        raise UserError(f"the loss of {_name(model)} on this text is no number: its weights or its dtype are at fault.")
+    starts = [0, *(2**power for power in range(4, 20) if 2**power < length - 1)]
+    bounds = zip(starts, [*starts[1:], length - 1], strict=True)
+    return Measurements(
+        model=_name(model),
+        gated=bool(gates),
+        windows=len(windows),
+        length=length,
+        loss=losses.mean().item(),
+        loss_by_position=[(start + 1, losses[start:stop].mean().item()) for start, stop in bounds],
+        attention=attention.report(len(windows)),
+        activations=activations.report(len(windows)),
+        gates=gate_sums.report() if gate_sums else None,
+        without_gates=_without_gates(model, windows[:compared_windows], batch_size) if gates else None,
     )
+
+
+def _name(model: PreTrainedModel) -> str:
+    return str(model.config.name_or_path or type(model).__name__)
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids.to(model.device), use_cache=False).logits
+
+
+def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """In nats, for each predicted token: (B, T - 1), on the CPU."""
+    wanted = ids[:, 1:].to(logits.device)
+    rows = [
+        nn.functional.cross_entropy(row[:-1].float(), target, reduction="none")
+        for row, target in zip(logits, wanted, strict=True)
+    ]
+    return torch.stack(rows).double().cpu()
+
+
+@torch.no_grad()
+def _without_gates(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> dict[str, tuple[float, float]]:
+    """The loss with every gate at 1 and with every gate g at 2 - g, and what that does to the predictions."""
+    states = {"trained": model.config.gate_strength, "open": 0.0, "inverted": -model.config.gate_strength}
+    sums = {name: [0.0, 0.0] for name in states}
+    try:
+        for part in windows.split(batch_size):
+            expected = None
+            for name, strength in states.items():
+                model.set_gate_strength(strength)
+                logits = _logits(model, part)
+                sums[name][0] += _losses(logits, part).mean(1).sum().item()
+                predicted = logits.float().log_softmax(-1)
+                expected = predicted if expected is None else expected
+                divergence = (expected.exp() * (expected - predicted)).sum(-1)  # (B, T)
+                sums[name][1] += divergence.mean(1).sum().item()
+    finally:
+        model.set_gate_strength(states["trained"])
+    return {name: (loss / len(windows), divergence / len(windows)) for name, (loss, divergence) in sums.items()}
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers, of a model with an adapter too."""
+    return [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
+
+
+class _AttentionSums:
+    """The attention that each key receives, summed over queries, window by window."""
+
+    def __init__(self, config, length: int):
+        self.length = length
+        shape = (config.num_hidden_layers, config.num_attention_heads)
+        self.lengths = sorted({*(n for n in (2**p for p in range(6, 20)) if n < length), length})
+        self.first = torch.zeros(shape, dtype=torch.float64)  # mean over queries, summed over windows
+        self.first_later = torch.zeros(shape, dtype=torch.float64)
+        self.sinks = {n: torch.zeros(shape, dtype=torch.float64) for n in self.lengths}
+        self.positions = torch.zeros(length, dtype=torch.float64)
+        self.size = torch.zeros(config.num_hidden_layers, dtype=torch.float64)  # mean |output|, summed over windows
+        self.received: dict[int, torch.Tensor] = {}  # (B, N, T)
+        self.to_first: dict[int, torch.Tensor] = {}  # (B, N, T), by query
+
+    def see(self, layer: int, start: int, first: int, weights: torch.Tensor, output: torch.Tensor) -> None:
+        self.size[layer] += output.abs().float().mean((1, 3)).sum().item() / self.length
+        if layer not in self.received:
+            self.received[layer] = weights.new_zeros(*weights.shape[:2], self.length)
+            self.to_first[layer] = weights.new_zeros(*weights.shape[:2], self.length)
+        self.received[layer][:, :, first : first + weights.shape[3]] += weights.sum(2)
+        if first == 0:
+            self.to_first[layer][:, :, start : start + weights.shape[2]] = weights[:, :, :, 0]
+
+    def end(self) -> None:
+        queries = torch.arange(self.length, 0, -1)  # that can see each key
+        for layer, received in self.received.items():
+            by_query = self.to_first[layer].cpu().double()  # (B, N, T)
+            self.first[layer] += by_query.mean(2).sum(0)
+            self.first_later[layer] += by_query[:, :, min(FIRST_QUERIES, self.length - 1) :].mean(2).sum(0)
+            for length, sinks in self.sinks.items():
+                sinks[layer] += (by_query[:, :, :length].mean(2) > SINK_SHARE).double().sum(0)
+            shares = (received.cpu() / queries > SINK_SHARE).double().sum((0, 1))  # (T)
+            self.positions += shares
+        self.received.clear()
+        self.to_first.clear()
+
+    def report(self, windows: int) -> AttentionReport:
+        heads = self.first.numel()
+        positions = self.positions / (heads * windows)
+        # The last keys are seen by few queries, so any of them may look like a sink.
+        positions = positions[: max(1, self.length - SINK_LENGTH)]
+        values, places = positions.topk(min(10, len(positions)))
+        return AttentionReport(
+            first_token=(self.first / windows).mean().item(),
+            first_token_later=(self.first_later / windows).mean().item(),
+            heads=(self.first / windows).tolist(),
+            sink_rate={length: (sinks / windows).mean().item() for length, sinks in self.sinks.items()},
+            sink_heads=(self.sinks[self.length] / windows).tolist(),
+            output_size=(self.size / windows).tolist(),
+            sink_positions=[(int(p), v) for p, v in zip(places, values.tolist(), strict=True) if v > 0],
+        )
+
+
+class _ActivationSums:
+    def __init__(self, model: PreTrainedModel):
+        self.layers = _layers(model)
+        count = len(self.layers)
+        self.top3 = torch.zeros(count, 3, dtype=torch.float64)
+        self.median = torch.zeros(count, dtype=torch.float64)
+        self.above_100 = torch.zeros(count, dtype=torch.float64)
+        self.massive = torch.zeros(count, dtype=torch.float64)
+        self.moments = {name: torch.zeros(count, 6, dtype=torch.float64) for name in ("o_proj", "down_proj")}
+        self.maxima = {name: torch.zeros(count, dtype=torch.float64) for name in self.moments}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for number, layer in enumerate(self.layers):
+                hooks = [
+                    layer.register_forward_hook(lambda m, i, output, n=number: self.see_stream(n, output)),
+                    layer.self_attn.o_proj.register_forward_pre_hook(
+                        lambda m, inputs, n=number: self.see_input("o_proj", n, inputs[0])
+                    ),
+                    layer.mlp.down_proj.register_forward_pre_hook(
+                        lambda m, inputs, n=number: self.see_input("down_proj", n, inputs[0])
+                    ),
+                ]
+                for hook in hooks:
+                    stack.callback(hook.remove)
+            yield
+
+    def see_stream(self, layer: int, output: torch.Tensor | tuple) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        for window in states:  # (T, E), each by itself as in the paper
+            sizes = window.detach().abs().flatten().float()
+            top3, median = sizes.topk(3).values.cpu().double(), sizes.median().item()
+            self.top3[layer] += top3
+            self.median[layer] += median
+            self.above_100[layer] += float(top3[0] > 100)
+            self.massive[layer] += float(top3[0] > 100 and top3[0] > 1000 * median)
+
+    def see_input(self, name: str, layer: int, states: torch.Tensor) -> None:
+        x = states.detach().float()
+        powers = (x**0, x, x**2, x**3, x**4, x.abs())
+        self.moments[name][layer] += torch.stack([power.sum(dtype=torch.float64) for power in powers]).cpu()
+        self.maxima[name][layer] = max(self.maxima[name][layer].item(), x.abs().max().item())
+
+    def report(self, windows: int) -> ActivationReport:
+        size, kurtosis = {}, {}
+        for name, moments in self.moments.items():
+            m1, m2, m3, m4, absolute = moments.T[1:] / moments.T[0]
+            size[name] = absolute.tolist()
+            variance = m2 - m1**2
+            kurtosis[name] = ((m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2).tolist()
+        return ActivationReport(
+            top3=(self.top3 / windows).tolist(),
+            median=(self.median / windows).tolist(),
+            above_100=(self.above_100 / windows).mean().item(),
+            massive=(self.massive / windows).mean().item(),
+            m_act=(self.top3[:, 0] / windows).mean().item(),
+            input_size=size,
+            input_max={name: maxima.tolist() for name, maxima in self.maxima.items()},
+            input_kurtosis=kurtosis,
+        )
+
+
+class _GateSums:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.modules = gate_modules(model)
+        config = model.config
+        self.heads, count = config.num_attention_heads, config.num_hidden_layers
+        self.end = config.gate_scale
+        self.sums = torch.zeros(count, len(KINDS), 5, dtype=torch.float64)  # as in GateStatistics
+        self.tokens = torch.zeros(len(KINDS), dtype=torch.float64)
+        self.by_head = torch.zeros(count, self.heads, dtype=torch.float64)
+        self.least = torch.full((count, self.heads), math.inf)
+        self.most = torch.full((count, self.heads), -math.inf)
+        self.histogram = torch.zeros(count, GATE_BINS, dtype=torch.int64)
+
+    def begin(self, ids: torch.Tensor) -> None:
+        self.kinds = _kinds(self.tokenizer, ids)  # (B, T)
+        self.tokens += torch.bincount(self.kinds.flatten(), minlength=len(KINDS))
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for layer, gates in self.modules.items():
+                for gate in gates:
+                    hook = gate.register_forward_hook(lambda m, i, output, n=layer: self.see(n, output))
+                    stack.callback(hook.remove)
+            yield
+
+    def see(self, layer: int, gate: torch.Tensor) -> None:
+        gate = gate.detach().float().cpu()  # (B, T, N·G)
+        values = torch.stack([torch.ones_like(gate), gate, (gate - 1).abs(), gate < 0.1, gate > 1.5]).sum(3).double()
+        for number in range(len(KINDS)):  # (5, B, T) -> (5)
+            self.sums[layer, number] += values[:, self.kinds == number].sum(1)
+        heads = gate.flatten(0, 1).unflatten(1, (self.heads, -1))  # (B·T, N, G)
+        self.by_head[layer] += heads.double().mean(2).sum(0)
+        self.least[layer] = torch.minimum(self.least[layer], heads.amin((0, 2)))
+        self.most[layer] = torch.maximum(self.most[layer], heads.amax((0, 2)))
+        self.histogram[layer] += torch.histc(gate, GATE_BINS, 0, self.end).long()
+
+    def report(self) -> GateReport:
+        def summary(sums: torch.Tensor, tokens: float) -> GateStatistics:
+            count, *rest = sums.tolist()
+            return GateStatistics(round(tokens), *(value / count if count else float("nan") for value in rest))
+
+        tokens = self.tokens.sum().item()
+        near_one = (self.least > 0.9) & (self.most < 1.1)
+        return GateReport(
+            layers=[summary(sums.sum(0), tokens) for sums in self.sums],
+            kinds={kind: summary(self.sums[:, n].sum(0), self.tokens[n].item()) for n, kind in enumerate(KINDS)},
+            heads=(self.by_head / tokens).tolist(),
+            histogram=self.histogram.tolist(),
+            histogram_end=self.end,
+            always_open=[tuple(place) for place in near_one.nonzero().tolist()],
+            always_shut=[tuple(place) for place in (self.most < 0.1).nonzero().tolist()],
+        )
 
 
 def _kinds(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tensor:
@@ -89,11 +411,3 @@ def _kinds(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tenso
     numbers = torch.tensor([[kinds[token] for token in row] for row in ids.tolist()])
     numbers[:, 0] = KINDS.index("first token")
     return numbers
-
-
-@torch.no_grad()
-def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8) -> float:
-    """Mean loss in nats per predicted token over `blocks` (blocks, T)."""
-    model.eval()
-    losses = [model(part, labels=part).loss * len(part) for part in blocks.to(model.device).split(batch_size)]
-    return (torch.stack(losses).sum() / len(blocks)).item()

@@ -173,7 +173,7 @@ def log_line(step: int, logs: dict) -> str:
     parts = [f"step {step}: loss {logs['loss']:.4f}"]
     if "gate_mean" in logs:
         layers = [value for name, value in logs.items() if name.startswith("gate_mean/")]
-        drawn = "".join(BARS[min(6, round(value * 3))] for value in layers)
+        drawn = "".join(BARS[max(0, min(6, round(value * 3)))] for value in layers)
         parts.append(
             f"gates {drawn} mean {logs['gate_mean']:.3f}, |g-1| {logs['gate_moved']:.4f}, "
             f"<0.1 {logs['gate_below_0.1']:.1%}, >1.5 {logs['gate_above_1.5']:.1%}"

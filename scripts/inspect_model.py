@@ -1,7 +1,8 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Show what the gates of a model do on a text, by layer and by kind of token.
+"""Measure attention sinks, massive activations and gates of a model on a text.
 
-1 is open, 0 shut, gate_scale the most a gate can be. The text is cut into blocks; the model sees one at a time.
+Windows of --length tokens, each beginning as the tokenizer begins a text, are measured one by one. For gates, 1 is
+open, 0 shut, gate_scale the most a gate can be. Works on plain Llama, Mistral and Qwen, on gated models, on adapters.
 """
 
 import argparse
@@ -9,36 +10,85 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a gated checkpoint: a folder, or the id of a Hub repository")
-    parser.add_argument("--text", nargs="+", required=True, help='text files, or .jsonl files of {"text": …} lines')
-    parser.add_argument("--length", type=int, default=128, help="tokens a block (default: 128)")
-    parser.add_argument("--max-tokens", type=int, default=20_000, help="tokens looked at (default: 20000)")
-    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON on stdout")
+    add = parser.add_argument
+    add("model", help="a checkpoint or an adapter: a folder, or the id of a Hub repository")
+    add("--compare", help="another, to measure on the same windows")
+    add("--text", nargs="+", required=True, help="text files, .jsonl files or Hub datasets, as for finetune --data")
+    add("--length", type=int, default=512, help="tokens a window (default: 512)")
+    add("--max-tokens", type=int, default=20_000, help="tokens measured (default: 20000)")
+    add("--batch-size", type=int, default=1, help="windows at once (default: 1)")
+    add("--dtype", help="to load the model in, such as float32 (default: as it was saved)")
+    add("--device", default="cpu", help="to run it on, such as cuda (default: cpu)")
+    add("--out", help="a new folder, for measurements.json")
+    add("--quiet", action="store_true", help="no progress bar, and nothing on stdout")
+    add("--json", action="store_true", help="print the measurements as JSON on stdout, a line for each model")
 
 
 def run(args: argparse.Namespace) -> None:
-    import json
-    from dataclasses import asdict
+    from contextlib import ExitStack
+    from dataclasses import replace
 
-    from gated_llama.data import read_documents, token_blocks
-    from gated_llama.diagnose import gate_statistics, held_out_loss
+    from gated_llama.checkpoint import new_folder
+    from gated_llama.data import read_documents, token_windows
+    from gated_llama.diagnose import measure
     from gated_llama.loading import load
 
     documents = read_documents(args.text)
-    model, tokenizer = load(args.model)
-    blocks = token_blocks(tokenizer, documents, args.length)[: max(1, args.max_tokens // args.length)]
-    report = gate_statistics(model, tokenizer, blocks)
-    loss = held_out_loss(model, blocks)
+    measured = []
+    with ExitStack() as stack:
+        folder = stack.enter_context(new_folder(args.out)) if args.out else None
+        for source in filter(None, (args.model, args.compare)):
+            model, tokenizer = load(source, dtype=args.dtype or "auto", device_map=args.device)
+            windows = token_windows(tokenizer, documents, args.length)[: max(1, args.max_tokens // args.length)]
+            result = measure(model, tokenizer, windows, batch_size=args.batch_size, progress=not args.quiet)
+            measured.append(replace(result, model=source))
+            del model
+        if folder:
+            lines = ",\n".join(measurements.to_json() for measurements in measured)
+            (folder / "measurements.json").write_text(f"[{lines}]\n", encoding="utf-8")
     if args.json:
-        print(json.dumps({**asdict(report), "loss": loss}))
-    else:
-        print_gates(report)
-        print(f"loss {loss:.4f} nats a token over {blocks.numel():,} tokens in blocks of {args.length}")
+        for measurements in measured:
+            print(measurements.to_json())
+    elif not args.quiet:
+        print_models(measured)
+        for measurements in measured:
+            if measurements.gates:
+                print_gates(measurements)
 
 
-def print_gates(report) -> None:
+def print_models(measured) -> None:
+    rows = [
+        ("loss, nats a token", [f"{m.loss:.4f}" for m in measured]),
+        ("perplexity", [f"{m.perplexity:.3f}" for m in measured]),
+        ("attention to the first token", [f"{m.attention.first_token:.3f}" for m in measured]),
+        ("… of later queries alone", [f"{m.attention.first_token_later:.3f}" for m in measured]),
+    ]
+    for length in measured[0].attention.sink_rate:
+        rows.append((f"sink rate, {length} tokens", [f"{m.attention.sink_rate[length]:.1%}" for m in measured]))
+    rows += [
+        ("largest activation (M-Act)", [f"{m.activations.m_act:.4g}" for m in measured]),
+        ("layers with |x| > 100", [f"{m.activations.above_100:.1%}" for m in measured]),
+        ("layers with massive ones", [f"{m.activations.massive:.1%}" for m in measured]),
+        ("kurtosis into o_proj, most", [f"{max(m.activations.input_kurtosis['o_proj']):.4g}" for m in measured]),
+        ("kurtosis into down_proj, most", [f"{max(m.activations.input_kurtosis['down_proj']):.4g}" for m in measured]),
+    ]
+    names = [m.model.rstrip("/").rpartition("/")[2][-24:] for m in measured]
+    first = measured[0]
+    print(f"{first.windows} windows of {first.length} tokens")
+    print(f"{'':31}" + "".join(f"{name:>26}" for name in names))
+    for name, values in rows:
+        print(f"{name:31}" + "".join(f"{value:>26}" for value in values))
+    print()
+
+
+def print_gates(measurements) -> None:
+    report = measurements.gates
     _print_table([(f"layer {number}", row) for number, row in enumerate(report.layers)])
     _print_table([(kind, row) for kind, row in report.kinds.items() if row.tokens])
+    for name, heads in (("always open", report.always_open), ("always shut", report.always_shut)):
+        print(f"heads {name}: {', '.join(f'{layer}.{head}' for layer, head in heads) or 'none'}")
+    for state, (loss, divergence) in measurements.without_gates.items():
+        print(f"loss with gates {state:9} {loss:.4f}, KL from trained {divergence:.4f} nats a token")
 
 
 def _print_table(rows) -> None:

@@ -32,10 +32,16 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
     import modeling_gated  # noqa: F401  (registers the Auto classes)
-    from gated_llama import FinetuneSettings, GatedTrainer, convert_checkpoint, finetune_checkpoint
+    from gated_llama import (
+        FinetuneSettings,
+        GatedTrainer,
+        convert_checkpoint,
+        finetune_checkpoint,
+        measure,
+        token_windows,
+    )
     from gated_llama.data import pack, tokenize
-    from gated_llama.diagnose import gate_statistics
-    from gated_llama.scripts.inspect_model import print_gates
+    from gated_llama.scripts.inspect_model import print_gates, print_models
     from gated_llama.trainer import training_arguments
 
     base, gated, tuned = (args.output / name for name in ("base", "gated", "gated-tuned"))
@@ -99,15 +105,14 @@ def run(args: argparse.Namespace) -> None:
     print(result.verdict)
 
     heading(4, "What the gates do now (1 is open, 0 shut, 2 the most)")
-    model = AutoModelForCausalLM.from_pretrained(tuned)
-    print_gates(gate_statistics(model, tokenizer, pack(tokenize(tokenizer, texts[:5]), BLOCK).rows[:24]))
-    print(
-        f"held-out loss: base and converted {result.held_out_before:.4f}, gates tuned {result.held_out_after:.4f} "
-        "nats a token"
-    )
+    windows = token_windows(tokenizer, texts[:5], BLOCK)[:24]
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (base, tuned)]
+    measured = [measure(model, tokenizer, windows, batch_size=8) for model in models]
+    print_models(measured)
+    print_gates(measured[1])
 
     heading(5, f"Generation from {PROMPT!r}, before and after")
-    for name, text in (("before", before), ("after", sample(model, tokenizer))):
+    for name, text in (("before", before), ("after", sample(models[1], tokenizer))):
         print(f"--- {name}\n{text}")
 
     heading(6, f"Done in {time.monotonic() - started:.0f} s. The folders, and what to do next")

@@ -134,11 +134,15 @@ def test_finetune_and_inspect(gated, tmp_path):
     assert done.stdout.splitlines()[-1].startswith("The gates moved by ")
     assert "step 1: loss " in done.stderr and "| gates ▄▄▄ mean 1.000, |g-1| 0.0000" in done.stderr
     assert "tokens/s | peak " in done.stderr and "step 4: held-out loss" in done.stderr
-    done = command("inspect", tmp_path / "tuned", "--text", text, "--length", 16, "--json")
+    inspect = ("inspect", tmp_path / "source", "--compare", tmp_path / "tuned", "--text", text, "--length", 16)
+    done = command(*inspect, "--out", tmp_path / "report")
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert len(report["layers"]) == 3 and all(layer["moved"] > 0 for layer in report["layers"])
-    assert report["loss"] > 0
+    assert "45 windows of 16 tokens" in done.stdout and "sink rate, 16 tokens" in done.stdout
+    assert "tokens/s" in done.stderr and "loss with gates inverted" in done.stdout
+    base, tuned = json.loads((tmp_path / "report" / "measurements.json").read_text())
+    assert (base["model"], tuned["model"]) == (str(tmp_path / "source"), str(tmp_path / "tuned"))
+    assert base["gates"] is None and all(layer["moved"] > 0 for layer in tuned["gates"]["layers"])
+    assert tuned["loss"] < base["loss"]
     for arguments, message in (
         (("finetune", gated, "--data", text, "--out", tmp_path / "tuned", "--length", 16), "not empty"),
         (("inspect", tmp_path / "none", "--text", text), "cannot be loaded"),

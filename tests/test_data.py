@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from gated_llama import UserError, token_blocks
+from gated_llama import UserError, token_windows
 from gated_llama.data import Document, Rows, one_row_each, pack, read_documents, shuffled, split_off, tokenize
 from tiny import tiny_tokenizer
 
@@ -76,9 +77,6 @@ def test_packing_keeps_every_token_in_order_and_counts_the_rest():
     rows = pack(ids, 7)
     assert rows.rows.flatten().tolist() == flat[: len(flat) // 7 * 7]
     assert (rows.documents, rows.dropped, rows.tokens) == (6, len(flat) % 7, len(flat) // 7 * 7)
-    assert torch.equal(token_blocks(tiny_tokenizer(), TEXTS, 7), rows.rows)
-    with pytest.raises(UserError, match="give more text"):
-        token_blocks(tiny_tokenizer(), ["cat"], 1000)
 
 
 def test_one_row_each_counts_what_it_cuts():
@@ -100,3 +98,15 @@ def test_shuffling_is_the_same_for_the_same_seed():
     documents = [Document(str(n), "") for n in range(20)]
     assert shuffled(documents, 1) == shuffled(documents, 1) != shuffled(documents, 2)
     assert sorted(shuffled(documents, 1), key=lambda d: int(d.content)) == documents
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text():
+    tokenizer = tiny_tokenizer()
+    ids = [token for document in tokenize(tokenizer, TEXTS) for token in document]
+    assert token_windows(tokenizer, TEXTS, 7).flatten().tolist() == ids[: len(ids) // 7 * 7]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    windows = token_windows(tokenizer, TEXTS, 7)
+    assert windows[:, 0].tolist() == [1] * len(windows)
+    assert windows[:, 1:].flatten().tolist() == ids[: len(ids) // 6 * 6]
+    with pytest.raises(UserError, match="fill no window of 1000: give more text"):
+        token_windows(tokenizer, ["cat"], 1000)

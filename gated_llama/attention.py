@@ -1,0 +1,84 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Attention whose weights can be watched at any length: computed by blocks of queries, so that memory holds a few rows of
+the attention map, never the map. Registered with Transformers under a name of its own, it serves every model that takes
+its attention from there.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+
+NAME = "gated_llama_watched"
+BLOCK = 2**23  # attention weights held at once
+
+# Told of each block: the layer, the number of the first query and of the first key in it, the attention weights
+# (B, N, queries, keys), zero where a query does not look, and the output (B, N, queries, H).
+Watcher = Callable[[int, int, int, torch.Tensor, torch.Tensor], None]
+_watchers: list[Watcher] = []
+
+
+@contextmanager
+def watched(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
+    """In the block every forward of `model` (without a cache) tells `watcher` its attention weights."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.pop()
+        model.set_attn_implementation(before)
+
+
+def _padding_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    """The mask as it was given, (B, T): what it means for each query is found block by block."""
+    return attention_mask
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Causal attention as Transformers' eager attention computes it (softmax in fp32), for `query` (B, N, T, H), `key` and
+    `value` (B, K, T, H): the output (B, T, N, H).
+    """
+    batch, heads, tokens, size = query.shape
+    groups = heads // key.shape[1]
+    scaling = size**-0.5 if scaling is None else scaling
+    grouped = query.unflatten(1, (-1, groups))  # (B, K, N/K, T, H)
+    output = torch.empty_like(query)
+    rows = max(1, BLOCK // (batch * heads * tokens))
+    places = torch.arange(tokens, device=query.device)
+    for start in range(0, tokens, rows):
+        stop = min(tokens, start + rows)
+        first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+        block = grouped[:, :, :, start:stop].flatten(2, 3)  # (B, K, N/K · b, H)
+        logits = block @ key[:, :, first:stop].transpose(2, 3) * scaling
+        logits = logits.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, N, b, keys)
+        distance = places[start:stop, None] - places[None, first:stop]  # (b, keys)
+        seen = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+        if attention_mask is not None:
+            seen = seen & attention_mask[:, None, None, first:stop].bool()
+        weights = logits.masked_fill_(~seen, float("-inf")).softmax(-1, dtype=torch.float32)
+        weights = weights.nan_to_num_()  # of padding, which sees nothing
+        block = weights.to(value.dtype).unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, N/K · b, keys)
+        output[:, :, start:stop] = (block @ value[:, :, first:stop]).unflatten(2, (groups, -1)).flatten(1, 2)
+        for watcher in _watchers:
+            watcher(module.layer_idx, start, first, weights, output[:, :, start:stop])
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _padding_mask)
