@@ -6,7 +6,7 @@ WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py
 
 .PHONY: demo test test-newest test-oldest style bench check-big check-gpu check-parallel \
-	check-quantized-cache check-real-shapes check-finetune check-distributed
+	check-quantized-cache check-real-shapes check-finetune check-distributed check-report
 
 demo: .venv/installed
 	.venv/bin/python scripts/run_demo.py
@@ -46,6 +46,10 @@ check-parallel: .venv/installed
 check-distributed: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_distributed.py
 
+# chromium and chromedriver must be on the PATH (Debian: chromium, chromium-driver).
+check-report: .venv-report/installed
+	.venv-report/bin/python -m pytest -s tests/check_report.py
+
 # The packages it needs use names that others of them deprecate.
 check-finetune: .venv-finetune/installed
 	$(PYTEST) .venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_finetune.py
@@ -68,4 +72,9 @@ check-finetune: .venv-finetune/installed
 .venv-finetune/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-finetune
 	.venv-finetune/bin/pip install --quiet -c constraints.txt --editable '.[dev,finetune]' trl bitsandbytes torchao tensorboard
+	touch $@
+
+.venv-report/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-report
+	.venv-report/bin/pip install --quiet -c constraints.txt --editable '.[dev]' selenium
 	touch $@

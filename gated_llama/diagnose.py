@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ SINK_SHARE = 0.3  # ε of the sink rate
 SINK_LENGTH = 64  # T of the sink rate as it is published
 FIRST_QUERIES = 16  # have few keys to look at, so that each gets much
 GATE_BINS = 40
+TEXT_TOKENS = 96  # of a text that is shown token by token
 FUNCTION_WORDS = frozenset(
     "a an and are as at be but by for from has have if in into is it its no not of on or so than that the their then "
     "there these they this to was were which will with would you".split()
@@ -71,6 +72,7 @@ class AttentionReport:
     sink_rate: dict[int, float]  # by length: of the first 64, 128, … tokens of the windows, and of all of them
     sink_heads: list[list[float]]  # share of windows in which a head is a sink, at the full length
     sink_positions: list[tuple[int, float]]  # other positions too: (position, share of heads), the ten with the most
+    sink_tokens: list[tuple[str, int, float]]  # of those that are one often: (text, times seen, mean share of heads)
     output_size: list[float]  # mean |x| of each layer's output, before any gate
 
 
@@ -94,6 +96,18 @@ class ActivationReport:
 
 
 @dataclass(frozen=True)
+class TextReport:
+    """What happens on one short text, token by token; lists are by layer first."""
+
+    tokens: list[str]
+    query: int  # the token whose attention is shown
+    attention: list[list[list[float]]]  # of the query: (layers, heads, tokens)
+    maps: list | None  # of a sentence: (layers, heads, queries, keys)
+    gates: list[list[float]] | None  # mean over heads and channels: (layers, tokens)
+    query_gates: list[list[float]] | None  # of the query, mean over channels: (layers, heads)
+
+
+@dataclass(frozen=True)
 class Measurements:
     model: str
     gated: bool
@@ -104,6 +118,8 @@ class Measurements:
     attention: AttentionReport
     activations: ActivationReport
     gates: GateReport | None
+    text: "TextReport"  # the beginning of the first window
+    sentence: "TextReport | None"
     # Loss with the gates in another state, and the mean KL divergence from the model as it is, in nats a token.
     without_gates: dict[str, tuple[float, float]] | None
 
@@ -134,6 +150,8 @@ def measure(
     *,
     batch_size: int = 1,
     compared_windows: int = 4,
+    sentence: str | None = None,
+    query: str | None = None,
     progress: bool = False,
 ) -> Measurements:
     """
@@ -141,6 +159,8 @@ def measure(
         model: a causal language model whose layers are Llama's: Llama, Mistral, Qwen2, Qwen3 or gated.
         windows: token ids (windows, T) without padding, each measured by itself.
         compared_windows: how many of them to run again with the gates open and inverted, if there are gates.
+        sentence, query: a short text to look at token by token, and the word in it whose attention is shown (its last
+            token if None).
 
     Raises:
         UserError: the windows are too short, hold tokens that the model does not have, or the loss is no number.
@@ -168,7 +188,7 @@ def measure(
             if gate_sums:
                 gate_sums.begin(part)
             losses += _losses(_logits(model, part), part).sum(0)
-            attention.end()
+            attention.end(part)
             bar.update(part.numel())
     losses /= len(windows)
     if not losses.isfinite().all():
@@ -182,11 +202,71 @@ def measure(
         length=length,
         loss=losses.mean().item(),
         loss_by_position=[(start + 1, losses[start:stop].mean().item()) for start, stop in bounds],
-        attention=attention.report(len(windows)),
+        attention=attention.report(len(windows), tokenizer),
         activations=activations.report(len(windows)),
         gates=gate_sums.report() if gate_sums else None,
+        text=replace(look_at(model, tokenizer, windows[:1, :TEXT_TOKENS]), maps=None),
+        sentence=_sentence(model, tokenizer, sentence, query) if sentence else None,
         without_gates=_without_gates(model, windows[:compared_windows], batch_size) if gates else None,
     )
+
+
+@torch.no_grad()
+def look_at(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, query: int | None = None
+) -> TextReport:
+    """
+    Args:
+        ids: token ids (1, T) of a short text: its maps are kept.
+        query: the number of the token whose attention is shown; the last if None.
+    """
+    tokens = ids.shape[1]
+    query = tokens - 1 if query is None else query
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    maps = torch.zeros(layers, heads, tokens, tokens)
+    gates: dict[int, torch.Tensor] = {}
+
+    def see(layer: int, start: int, first: int, weights: torch.Tensor, output: torch.Tensor) -> None:
+        maps[layer, :, start : start + weights.shape[2], first : first + weights.shape[3]] = weights[0].cpu()
+
+    with ExitStack() as stack:
+        stack.enter_context(watched(model, see))
+        for layer, modules in gate_modules(model).items():
+            for module in modules:
+                hook = module.register_forward_hook(lambda m, i, output, n=layer: gates.update({n: output[0]}))
+                stack.callback(hook.remove)
+        _logits(model, ids)
+    by_head = torch.stack([gates[n].float().cpu().unflatten(1, (heads, -1)).mean(2) for n in gates]) if gates else None
+    return TextReport(
+        tokens=[tokenizer.decode([token]) for token in ids[0].tolist()],
+        query=query,
+        attention=_rounded(maps[:, :, query]),
+        maps=_rounded(maps),
+        gates=_rounded(by_head.mean(2)) if gates else None,  # (L, T, N) -> (L, T)
+        query_gates=_rounded(by_head[:, query]) if gates else None,
+    )
+
+
+def _rounded(values: torch.Tensor) -> list:
+    """Four places are more than a picture shows."""
+    return (values.double() * 1e4).round().div(1e4).tolist()
+
+
+def _sentence(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentence: str, query: str | None
+) -> TextReport:
+    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    ids = tokenizer(sentence, add_special_tokens=False).input_ids[:TEXT_TOKENS]
+    ids = [tokenizer.bos_token_id, *ids] if begins else ids
+    if len(ids) < 2:
+        raise UserError(f"the sentence {sentence!r} has fewer than 2 tokens: take a longer one.")
+    place = None
+    if query is not None:
+        words = [tokenizer.decode([token]).strip() for token in ids]
+        place = next((n for n, word in enumerate(words) if word and query.startswith(word) and n), None)
+        if place is None:
+            raise UserError(f"the sentence {sentence!r} has no token that begins {query!r}.")
+    return look_at(model, tokenizer, torch.tensor([ids]), place)
 
 
 def _name(model: PreTrainedModel) -> str:
@@ -244,6 +324,10 @@ class _AttentionSums:
         self.first_later = torch.zeros(shape, dtype=torch.float64)
         self.sinks = {n: torch.zeros(shape, dtype=torch.float64) for n in self.lengths}
         self.positions = torch.zeros(length, dtype=torch.float64)
+        # The last keys are seen by few queries, so any of them may look like a sink.
+        self.counted = max(1, length - SINK_LENGTH)
+        self.token_shares = torch.zeros(config.vocab_size, dtype=torch.float64)
+        self.token_counts = torch.zeros(config.vocab_size, dtype=torch.int64)
         self.size = torch.zeros(config.num_hidden_layers, dtype=torch.float64)  # mean |output|, summed over windows
         self.received: dict[int, torch.Tensor] = {}  # (B, N, T)
         self.to_first: dict[int, torch.Tensor] = {}  # (B, N, T), by query
@@ -257,7 +341,8 @@ class _AttentionSums:
         if first == 0:
             self.to_first[layer][:, :, start : start + weights.shape[2]] = weights[:, :, :, 0]
 
-    def end(self) -> None:
+    def end(self, ids: torch.Tensor) -> None:
+        by_key = torch.zeros(ids.shape, dtype=torch.float64)  # (B, T)
         queries = torch.arange(self.length, 0, -1)  # that can see each key
         for layer, received in self.received.items():
             by_query = self.to_first[layer].cpu().double()  # (B, N, T)
@@ -265,17 +350,20 @@ class _AttentionSums:
             self.first_later[layer] += by_query[:, :, min(FIRST_QUERIES, self.length - 1) :].mean(2).sum(0)
             for length, sinks in self.sinks.items():
                 sinks[layer] += (by_query[:, :, :length].mean(2) > SINK_SHARE).double().sum(0)
-            shares = (received.cpu() / queries > SINK_SHARE).double().sum((0, 1))  # (T)
-            self.positions += shares
+            by_key += (received.cpu() / queries > SINK_SHARE).double().sum(1)
+        self.positions += by_key.sum(0)
+        counted, shares = ids[:, : self.counted].flatten(), by_key[:, : self.counted].flatten() / self.first.numel()
+        self.token_shares.index_add_(0, counted, shares)
+        self.token_counts += torch.bincount(counted, minlength=len(self.token_counts))
         self.received.clear()
         self.to_first.clear()
 
-    def report(self, windows: int) -> AttentionReport:
+    def report(self, windows: int, tokenizer: PreTrainedTokenizerBase) -> AttentionReport:
         heads = self.first.numel()
         positions = self.positions / (heads * windows)
-        # The last keys are seen by few queries, so any of them may look like a sink.
-        positions = positions[: max(1, self.length - SINK_LENGTH)]
-        values, places = positions.topk(min(10, len(positions)))
+        values, places = positions[: self.counted].topk(min(10, self.counted))
+        tokens = self.token_shares.topk(min(10, len(self.token_shares))).indices.tolist()
+        shares = {token: (self.token_shares / self.token_counts)[token].item() for token in tokens}
         return AttentionReport(
             first_token=(self.first / windows).mean().item(),
             first_token_later=(self.first_later / windows).mean().item(),
@@ -283,6 +371,11 @@ class _AttentionSums:
             sink_rate={length: (sinks / windows).mean().item() for length, sinks in self.sinks.items()},
             sink_heads=(self.sinks[self.length] / windows).tolist(),
             output_size=(self.size / windows).tolist(),
+            sink_tokens=[
+                (tokenizer.decode([token]), int(self.token_counts[token]), share)
+                for token, share in shares.items()
+                if share > 0
+            ],
             sink_positions=[(int(p), v) for p, v in zip(places, values.tolist(), strict=True) if v > 0],
         )
 
@@ -326,10 +419,11 @@ class _ActivationSums:
             self.massive[layer] += float(top3[0] > 100 and top3[0] > 1000 * median)
 
     def see_input(self, name: str, layer: int, states: torch.Tensor) -> None:
-        x = states.detach().float()
-        powers = (x**0, x, x**2, x**3, x**4, x.abs())
-        self.moments[name][layer] += torch.stack([power.sum(dtype=torch.float64) for power in powers]).cpu()
-        self.maxima[name][layer] = max(self.maxima[name][layer].item(), x.abs().max().item())
+        x = states.detach().flatten().float()
+        square, size = x * x, x.abs()
+        sums = [x.sum(), square.sum(), square.dot(x), square.dot(square), size.sum()]
+        self.moments[name][layer] += torch.tensor([x.numel(), *(value.item() for value in sums)], dtype=torch.float64)
+        self.maxima[name][layer] = max(self.maxima[name][layer].item(), size.max().item())
 
     def report(self, windows: int) -> ActivationReport:
         size, kurtosis = {}, {}

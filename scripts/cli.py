@@ -14,6 +14,7 @@ COMMANDS = {
     "finetune": "finetune_model",
     "inspect": "inspect_model",
     "push": "push_to_hub",
+    "report": "draw_report",
     "serve": "serve_model",
 }
 

@@ -9,6 +9,9 @@ import argparse
 import sys
 
 
+SENTENCE = "The grumpy cat sat on the mat, which was red."
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", help="a checkpoint or an adapter: a folder, or the id of a Hub repository")
@@ -19,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=1, help="windows at once (default: 1)")
     add("--dtype", help="to load the model in, such as float32 (default: as it was saved)")
     add("--device", default="cpu", help="to run it on, such as cuda (default: cpu)")
-    add("--out", help="a new folder, for measurements.json")
+    add("--sentence", default=SENTENCE, help=f"to look at token by token (default: {SENTENCE!r})")
+    add("--query", help="the word of it whose attention is shown (default: its last; of the default sentence: which)")
+    add("--out", help="a new folder, for a page with figures (index.html) and measurements.json")
     add("--quiet", action="store_true", help="no progress bar, and nothing on stdout")
     add("--json", action="store_true", help="print the measurements as JSON on stdout, a line for each model")
 
@@ -33,6 +38,9 @@ def run(args: argparse.Namespace) -> None:
     from gated_llama.diagnose import measure
     from gated_llama.loading import load
 
+    if args.out:
+        from gated_llama.report import draw, read_measurements
+
     documents = read_documents(args.text)
     measured = []
     with ExitStack() as stack:
@@ -40,12 +48,21 @@ def run(args: argparse.Namespace) -> None:
         for source in filter(None, (args.model, args.compare)):
             model, tokenizer = load(source, dtype=args.dtype or "auto", device_map=args.device)
             windows = token_windows(tokenizer, documents, args.length)[: max(1, args.max_tokens // args.length)]
-            result = measure(model, tokenizer, windows, batch_size=args.batch_size, progress=not args.quiet)
+            result = measure(
+                model,
+                tokenizer,
+                windows,
+                batch_size=args.batch_size,
+                sentence=args.sentence,
+                query="which" if args.query is None and args.sentence == SENTENCE else args.query,
+                progress=not args.quiet,
+            )
             measured.append(replace(result, model=source))
             del model
         if folder:
             lines = ",\n".join(measurements.to_json() for measurements in measured)
             (folder / "measurements.json").write_text(f"[{lines}]\n", encoding="utf-8")
+            draw(read_measurements([folder / "measurements.json"]), folder)
     if args.json:
         for measurements in measured:
             print(measurements.to_json())

@@ -62,6 +62,7 @@ def test_attention_of_a_known_size_to_the_first_token():
     assert report.sink_heads == [sinks.tolist()] * 3
     assert report.sink_positions[0] == (0, pytest.approx(sinks.mean().item()))
     assert len(report.sink_positions) == 1
+    assert report.sink_tokens == [("<s>", 2, pytest.approx(sinks.mean().item()))]
 
 
 def test_control_attention_without_a_sink():

@@ -1,0 +1,99 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The page: whole, by itself, and saying what was measured. (What a browser makes of it: `make check-report`.)"""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from gated_llama import UserError, measure
+from gated_llama.report import draw, gate_colour, read_measurements
+from gated_llama.scripts.cli import main
+from modeling_gated import GatedLlamaForCausalLM
+from tiny import gated_model, source_model, tiny_tokenizer, token_ids
+
+
+FIGURES = {"sentence.png", "sinks.png", "gates.png", "activations.png", "lengths.png"}
+VOID = {"meta", "img", "link", "br"}
+
+
+@pytest.fixture(scope="module")
+def measurements(tmp_path_factory):
+    path = tmp_path_factory.mktemp("measured") / "measurements.json"
+    models = [source_model("llama"), gated_model(GatedLlamaForCausalLM)]
+    sentence = {"sentence": "the $cat <b> sat on the mat, which", "query": "which"}
+    results = [measure(model, tiny_tokenizer(), token_ids(2, 70), **sentence) for model in models]
+    path.write_text("[" + ",".join(result.to_json() for result in results) + "]")
+    return path
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.addresses, self.ids, self.tokens = [], [], [], 0
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.addresses += [attributes[name] for name in ("src", "href", "action") if name in attributes]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.tokens += attributes.get("class") == "token"
+        if tag == "img":
+            assert attributes["alt"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_fetches_nothing(tmp_path, measurements):
+    measured = read_measurements([measurements])
+    page = draw(measured, tmp_path).read_text()
+    parsed = Page(page)
+    assert {path.name for path in tmp_path.iterdir()} == {"index.html", *FIGURES}
+    assert len(parsed.addresses) == 5 and all(a.startswith("data:image/png;base64,") for a in parsed.addresses)
+    assert "url(" not in page and "@import" not in page and "<script" not in page
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert parsed.tokens == 70  # the text of the gated model, token by token
+    for model in measured:
+        assert f"{model['loss']:.4f}" in page and f"{model['attention']['first_token']:.4f}" in page
+    assert "&lt;b" in page or "&lt;" in page
+    assert "no gates" in page and "Sink rate, 64 tokens" in page
+
+
+def test_it_draws_again_without_a_model_and_plain_models_alone(tmp_path, measurements, capsys):
+    (tmp_path / "one.json").write_text(json.dumps(json.loads(measurements.read_text())[:1]))
+    assert main(["report", str(tmp_path / "one.json"), "--out", str(tmp_path / "page")]) == 0
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {"index.html", *FIGURES} - {"gates.png"}
+    assert capsys.readouterr().out.strip().endswith("index.html")
+    both = [str(tmp_path / "one.json"), str(measurements)]
+    assert main(["report", *both, "--out", str(tmp_path / "three")]) == 0
+    assert (
+        len(re.findall(r'<th scope="col">LlamaForCausalLM</th>', (tmp_path / "three" / "index.html").read_text())) == 2
+    )
+
+
+def test_what_is_no_measurement_is_refused(tmp_path):
+    for content in ("{", "{}", "[1]", '[{"loss": 1}]'):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(UserError, match=r"x\.json (cannot be read as|holds no) measurements"):
+            read_measurements([tmp_path / "x.json"])
+    assert main(["report", str(tmp_path / "none.json"), "--out", str(tmp_path / "page")]) == 2
+    assert not (tmp_path / "page").exists()
+
+
+def test_colours_are_on_one_scale():
+    colours = [gate_colour(gate) for gate in (0, 0.5, 1, 1.5, 2)]
+    assert len(set(colours)) == 5
+    assert gate_colour(-1) == colours[0] and gate_colour(9) == colours[4]
+
+
+def test_a_sentence_that_cannot_be_shown_is_refused():
+    model = source_model("llama")
+    with pytest.raises(UserError, match="no token that begins 'dog'"):
+        measure(model, tiny_tokenizer(), token_ids(1, 8), sentence="the cat sat", query="dog")
+    with pytest.raises(UserError, match="fewer than 2 tokens"):
+        measure(model, tiny_tokenizer(), token_ids(1, 8), sentence=",")
