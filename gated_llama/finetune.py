@@ -416,6 +416,7 @@ def _trainer(
         bf16=config.dtype is torch.bfloat16,
         fp16=config.dtype is torch.float16 and has_accelerator(),
         disable_tqdm=not progress,
+        include_num_input_tokens_seen="non_padding",
     )
     collator = DataCollatorForSeq2Seq(tokenizer)  # pads, and lets no padding count in the loss
     try:

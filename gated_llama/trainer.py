@@ -144,7 +144,7 @@ def training_arguments(output: str | os.PathLike, **settings) -> TrainingArgumen
         "save_strategy": "steps",
         "save_total_limit": 2,
         "prediction_loss_only": True,
-        "include_num_input_tokens_seen": "non_padding",
+        "include_num_input_tokens_seen": "all",
         "report_to": "none",
         "use_cpu": not has_accelerator(),
         "dataloader_pin_memory": has_accelerator(),

@@ -1,8 +1,8 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 `make check-report`: the page in headless Chromium (chromium and chromedriver on the PATH). Figures are drawn, tables
-open by the keyboard, a token shows its layers when it is pointed at and when it has the focus, in light and in dark, and
-nothing is asked of any network. `REPORT=index.html` checks a page of yours; the screenshots go beside it.
+open by the keyboard, a token shows its layers when it is pointed at and when it has the focus, in light and in dark,
+and nothing is asked of any network. `REPORT=index.html` checks a page of yours; the screenshots go beside it.
 """
 
 import json

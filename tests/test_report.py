@@ -60,7 +60,7 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path, measurements):
     assert parsed.tokens == 70  # the text of the gated model, token by token
     for model in measured:
         assert f"{model['loss']:.4f}" in page and f"{model['attention']['first_token']:.4f}" in page
-    assert "&lt;b" in page or "&lt;" in page
+    assert re.search(r'<th scope="col">\s*&lt;b?</th>', page)  # the sentence's tokens are text, not tags
     assert "no gates" in page and "Sink rate, 64 tokens" in page
 
 
@@ -71,9 +71,8 @@ def test_it_draws_again_without_a_model_and_plain_models_alone(tmp_path, measure
     assert capsys.readouterr().out.strip().endswith("index.html")
     both = [str(tmp_path / "one.json"), str(measurements)]
     assert main(["report", *both, "--out", str(tmp_path / "three")]) == 0
-    assert (
-        len(re.findall(r'<th scope="col">LlamaForCausalLM</th>', (tmp_path / "three" / "index.html").read_text())) == 2
-    )
+    page = (tmp_path / "three" / "index.html").read_text()
+    assert page.count('<th scope="col">LlamaForCausalLM</th><th scope="col">LlamaForCausalLM</th>') == 1
 
 
 def test_what_is_no_measurement_is_refused(tmp_path):
