@@ -26,6 +26,7 @@ style: .venv/installed
 
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench_convert.py
+	.venv/bin/python benchmarks/bench_measure.py
 
 # Slow, or in need of more than a bare machine: run by hand, with the outcome in LOG.md.
 check-real-shapes: .venv/installed

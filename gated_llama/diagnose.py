@@ -25,6 +25,7 @@ SINK_SHARE = 0.3  # ε of the sink rate
 SINK_LENGTH = 64  # T of the sink rate as it is published
 FIRST_QUERIES = 16  # have few keys to look at, so that each gets much
 GATE_BINS = 40
+LOGITS_AT_ONCE = 1024  # tokens
 TEXT_TOKENS = 96  # of a text that is shown token by token
 FUNCTION_WORDS = frozenset(
     "a an and are as at be but by for from has have if in into is it its no not of on or so than that the their then "
@@ -187,10 +188,11 @@ def measure(
         for part in windows.split(batch_size):
             if gate_sums:
                 gate_sums.begin(part)
-            losses += _losses(_logits(model, part), part).sum(0)
+            losses += _losses(model, _states(model, part), part).sum(0)
             attention.end(part)
             bar.update(part.numel())
     losses /= len(windows)
+    compared = windows[:compared_windows]
     if not losses.isfinite().all():
         raise UserError(f"the loss of {_name(model)} on this text is no number: its weights or its dtype are at fault.")
     starts = [0, *(2**power for power in range(4, 20) if 2**power < length - 1)]
@@ -207,7 +209,7 @@ def measure(
         gates=gate_sums.report() if gate_sums else None,
         text=replace(look_at(model, tokenizer, windows[:1, :TEXT_TOKENS]), maps=None),
         sentence=_sentence(model, tokenizer, sentence, query) if sentence else None,
-        without_gates=_without_gates(model, windows[:compared_windows], batch_size) if gates else None,
+        without_gates=_without_gates(model, compared, batch_size) if gates and len(compared) else None,
     )
 
 
@@ -235,7 +237,7 @@ def look_at(
             for module in modules:
                 hook = module.register_forward_hook(lambda m, i, output, n=layer: gates.update({n: output[0]}))
                 stack.callback(hook.remove)
-        _logits(model, ids)
+        _states(model, ids)
     by_head = torch.stack([gates[n].float().cpu().unflatten(1, (heads, -1)).mean(2) for n in gates]) if gates else None
     return TextReport(
         tokens=[tokenizer.decode([token]) for token in ids[0].tolist()],
@@ -273,38 +275,47 @@ def _name(model: PreTrainedModel) -> str:
     return str(model.config.name_or_path or type(model).__name__)
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    return model(ids.to(model.device), use_cache=False).logits
+def _states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The last hidden states (B, T, E): the logits of a long text would take more room than all else."""
+    return model.get_decoder()(ids.to(model.device), use_cache=False).last_hidden_state
 
 
-def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: PreTrainedModel, states: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """The logits in fp32 of some tokens at a time, with the first and the last of them."""
+    for start in range(0, states.shape[1], LOGITS_AT_ONCE):
+        stop = min(start + LOGITS_AT_ONCE, states.shape[1])
+        yield start, stop, model.get_output_embeddings()(states[:, start:stop]).float()
+
+
+def _losses(model: PreTrainedModel, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """In nats, for each predicted token: (B, T - 1), on the CPU."""
-    wanted = ids[:, 1:].to(logits.device)
-    rows = [
-        nn.functional.cross_entropy(row[:-1].float(), target, reduction="none")
-        for row, target in zip(logits, wanted, strict=True)
+    wanted = ids[:, 1:].to(states.device)
+    losses = [
+        nn.functional.cross_entropy(logits.transpose(1, 2), wanted[:, start:stop], reduction="none")
+        for start, stop, logits in _logits(model, states[:, :-1])
     ]
-    return torch.stack(rows).double().cpu()
+    return torch.cat(losses, dim=1).double().cpu()
 
 
 @torch.no_grad()
 def _without_gates(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> dict[str, tuple[float, float]]:
     """The loss with every gate at 1 and with every gate g at 2 - g, and what that does to the predictions."""
-    states = {"trained": model.config.gate_strength, "open": 0.0, "inverted": -model.config.gate_strength}
-    sums = {name: [0.0, 0.0] for name in states}
+    trained = model.config.gate_strength
+    strengths = {"trained": trained, "open": 0.0, "inverted": -trained}
+    sums = {name: [0.0, 0.0] for name in strengths}
     try:
         for part in windows.split(batch_size):
             expected = None
-            for name, strength in states.items():
+            for name, strength in strengths.items():
                 model.set_gate_strength(strength)
-                logits = _logits(model, part)
-                sums[name][0] += _losses(logits, part).mean(1).sum().item()
-                predicted = logits.float().log_softmax(-1)
-                expected = predicted if expected is None else expected
-                divergence = (expected.exp() * (expected - predicted)).sum(-1)  # (B, T)
-                sums[name][1] += divergence.mean(1).sum().item()
+                states = _states(model, part)
+                expected = states if expected is None else expected
+                sums[name][0] += _losses(model, states, part).mean(1).sum().item()
+                for (_, _, p), (_, _, q) in zip(_logits(model, expected), _logits(model, states), strict=True):
+                    p, q = p.log_softmax(-1), q.log_softmax(-1)
+                    sums[name][1] += (p.exp() * (p - q)).sum().item() / part.shape[1]
     finally:
-        model.set_gate_strength(states["trained"])
+        model.set_gate_strength(trained)
     return {name: (loss / len(windows), divergence / len(windows)) for name, (loss, divergence) in sums.items()}
 
 

@@ -56,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
     except VerificationError as error:
         print(f"gated-llama: verification failed, so nothing was kept: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] in ("gated_llama", "modeling_gated", "configuration_gated"):
+            raise
+        print(f"gated-llama: this needs the package {error.name}, which is not installed: install it.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("gated-llama: interrupted; nothing was left half-written.", file=sys.stderr)
         return 2

@@ -1,0 +1,145 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+What measuring costs: `measure` against the plain forward of the same windows, interleaved in one process, once its
+numbers have proved to be those of the eager attention maps; and the peak memory of a process that measures one long
+window beside one that runs it. Layers are Llama-3.2-1B's, fewer of them. Writes a table for people and one JSON line to
+benchmarks/results/.
+
+    python benchmarks/bench_measure.py [--layers 4] [--lengths 512 2048] [--pairs 5] [--long 32768]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import LlamaConfig
+
+from configuration_gated import GatedLlamaConfig
+from gated_llama import measure
+from measured import run_measured
+from modeling_gated import GatedLlamaForCausalLM
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Tokenizer:
+    """As much of one as `measure` asks for."""
+
+    bos_token_id = None
+
+    def decode(self, ids: list[int]) -> str:
+        return f"t{ids[0]}"
+
+
+def make_model(layers: int) -> GatedLlamaForCausalLM:
+    torch.manual_seed(0)
+    config = GatedLlamaConfig(
+        **{
+            **LlamaConfig(hidden_size=2048, intermediate_size=8192, num_attention_heads=32).to_diff_dict(),
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "num_hidden_layers": layers,
+            "vocab_size": 32000,
+            "max_position_embeddings": 2**17,
+        }
+    )
+    return GatedLlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def check(model: GatedLlamaForCausalLM) -> None:
+    """The gate before any number."""
+    ids = torch.randint(3, 32000, (2, 200))
+    report = measure(model, Tokenizer(), ids, compared_windows=1)
+    model.set_attn_implementation("eager")
+    outputs = model(ids, output_attentions=True, labels=ids)
+    model.set_attn_implementation("sdpa")
+    heads = torch.stack(outputs.attentions)[..., 0].mean((1, 3))
+    torch.testing.assert_close(torch.tensor(report.attention.heads), heads, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(report.loss), outputs.loss, rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def plain(model: GatedLlamaForCausalLM, ids: torch.Tensor) -> None:
+    for window in ids:
+        states = model.model(window[None], use_cache=False).last_hidden_state
+        for part in states.split(1024, dim=1):
+            model.lm_head(part)
+
+
+def seconds_of(function, *args, **settings) -> float:
+    started = time.perf_counter()
+    function(*args, **settings)
+    return time.perf_counter() - started
+
+
+def summary(values: list[float]) -> dict:
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": quartiles[1], "q25": quartiles[0], "q75": quartiles[2], "n": len(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, help="of the model (default: 4)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="tokens (default: 512 2048)")
+    parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs a length (default: 5)")
+    parser.add_argument("--long", type=int, default=32768, help="tokens of the long window (default: 32768)")
+    parser.add_argument("--alone", choices=("plain", "measure"), help="one long window and nothing else")
+    args = parser.parse_args()
+    if args.alone:
+        model, ids = make_model(2), torch.randint(3, 32000, (1, args.long))
+        plain(model, ids) if args.alone == "plain" else measure(model, Tokenizer(), ids, compared_windows=0)
+        return
+
+    model = make_model(args.layers)
+    check(model)
+    ratios = {}
+    for length in args.lengths:
+        ids = torch.randint(3, 32000, (2, length))
+        kinds = {
+            "forward": partial(plain, model, ids),
+            "measure": partial(measure, model, Tokenizer(), ids, compared_windows=0),
+        }
+        pairs = []
+        for number in tqdm(range(args.pairs), desc=f"{length} tokens"):
+            taken = {kind: seconds_of(kinds[kind]) for kind in sorted(kinds, reverse=number % 2 == 1)}
+            pairs.append(taken["measure"] / taken["forward"])
+        ratios[length] = summary(pairs)
+    memory = {}
+    for kind in ("plain", "measure"):
+        command = [sys.executable, __file__, "--alone", kind, "--long", str(args.long)]
+        seconds, peak = run_measured(command)
+        memory[kind] = {"seconds": seconds, "peak_mib": peak}
+
+    for length, ratio in ratios.items():
+        print(f"measure / forward, {length:6} tokens: {ratio['median']:.2f} ({ratio['q25']:.2f} to {ratio['q75']:.2f})")
+    for kind, values in memory.items():
+        print(f"{args.long} tokens, 2 layers, {kind:8}: {values['peak_mib']:,.0f} MiB, {values['seconds']:.0f} s")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
+    record = {
+        "ratios": ratios,
+        "memory": memory,
+        "long": args.long,
+        "layers": args.layers,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip(),
+    }
+    with open(RESULTS / "measure.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
