@@ -25,7 +25,7 @@ SINK_SHARE = 0.3  # ε of the sink rate
 SINK_LENGTH = 64  # T of the sink rate as it is published
 FIRST_QUERIES = 16  # have few keys to look at, so that each gets much
 GATE_BINS = 40
-LOGITS_AT_ONCE = 1024  # tokens
+TOKENS_AT_ONCE = 1024  # whose logits, or copies in fp32, are held
 TEXT_TOKENS = 96  # of a text that is shown token by token
 FUNCTION_WORDS = frozenset(
     "a an and are as at be but by for from has have if in into is it its no not of on or so than that the their then "
@@ -282,8 +282,8 @@ def _states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 def _logits(model: PreTrainedModel, states: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
     """The logits in fp32 of some tokens at a time, with the first and the last of them."""
-    for start in range(0, states.shape[1], LOGITS_AT_ONCE):
-        stop = min(start + LOGITS_AT_ONCE, states.shape[1])
+    for start in range(0, states.shape[1], TOKENS_AT_ONCE):
+        stop = min(start + TOKENS_AT_ONCE, states.shape[1])
         yield start, stop, model.get_output_embeddings()(states[:, start:stop]).float()
 
 
@@ -430,11 +430,13 @@ class _ActivationSums:
             self.massive[layer] += float(top3[0] > 100 and top3[0] > 1000 * median)
 
     def see_input(self, name: str, layer: int, states: torch.Tensor) -> None:
-        x = states.detach().flatten().float()
-        square, size = x * x, x.abs()
-        sums = [x.sum(), square.sum(), square.dot(x), square.dot(square), size.sum()]
-        self.moments[name][layer] += torch.tensor([x.numel(), *(value.item() for value in sums)], dtype=torch.float64)
-        self.maxima[name][layer] = max(self.maxima[name][layer].item(), size.max().item())
+        for part in states.detach().flatten(0, -2).split(TOKENS_AT_ONCE):
+            x = part.flatten().float()
+            square, size = x * x, x.abs()
+            sums = [x.sum(), square.sum(), square.dot(x), square.dot(square), size.sum()]
+            counted = [x.numel(), *(value.item() for value in sums)]
+            self.moments[name][layer] += torch.tensor(counted, dtype=torch.float64)
+            self.maxima[name][layer] = max(self.maxima[name][layer].item(), size.max().item())
 
     def report(self, windows: int) -> ActivationReport:
         size, kurtosis = {}, {}
@@ -482,16 +484,20 @@ class _GateSums:
                     stack.callback(hook.remove)
             yield
 
-    def see(self, layer: int, gate: torch.Tensor) -> None:
-        gate = gate.detach().float().cpu()  # (B, T, N·G)
-        values = torch.stack([torch.ones_like(gate), gate, (gate - 1).abs(), gate < 0.1, gate > 1.5]).sum(3).double()
-        for number in range(len(KINDS)):  # (5, B, T) -> (5)
-            self.sums[layer, number] += values[:, self.kinds == number].sum(1)
-        heads = gate.flatten(0, 1).unflatten(1, (self.heads, -1))  # (B·T, N, G)
-        self.by_head[layer] += heads.double().mean(2).sum(0)
-        self.least[layer] = torch.minimum(self.least[layer], heads.amin((0, 2)))
-        self.most[layer] = torch.maximum(self.most[layer], heads.amax((0, 2)))
-        self.histogram[layer] += torch.histc(gate, GATE_BINS, 0, self.end).long()
+    def see(self, layer: int, gates: torch.Tensor) -> None:
+        gates, kinds = gates.detach().flatten(0, 1), self.kinds.flatten()  # (B·T, N·G), (B·T)
+        for gate, kind in zip(gates.split(TOKENS_AT_ONCE), kinds.split(TOKENS_AT_ONCE), strict=True):
+            gate = gate.float().cpu()
+            values = (
+                torch.stack([torch.ones_like(gate), gate, (gate - 1).abs(), gate < 0.1, gate > 1.5]).sum(2).double()
+            )
+            for number in range(len(KINDS)):  # (5, tokens) -> (5)
+                self.sums[layer, number] += values[:, kind == number].sum(1)
+            heads = gate.unflatten(1, (self.heads, -1))  # (tokens, N, G)
+            self.by_head[layer] += heads.double().mean(2).sum(0)
+            self.least[layer] = torch.minimum(self.least[layer], heads.amin((0, 2)))
+            self.most[layer] = torch.maximum(self.most[layer], heads.amax((0, 2)))
+            self.histogram[layer] += torch.histc(gate, GATE_BINS, 0, self.end).long()
 
     def report(self) -> GateReport:
         def summary(sums: torch.Tensor, tokens: float) -> GateStatistics:
