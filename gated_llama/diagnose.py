@@ -164,8 +164,27 @@ def measure(
             token if None).
 
     Raises:
-        UserError: the windows are too short, hold tokens that the model does not have, or the loss is no number.
+        UserError: the windows are too short, hold tokens that the model does not have, or do not fit into memory; or
+            the loss is no number.
     """
+    try:
+        return _measure(model, tokenizer, windows, batch_size, compared_windows, sentence, query, progress)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory with {batch_size} windows of {windows.shape[1]} tokens at once: take fewer or shorter ones."
+        ) from error
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: torch.Tensor,
+    batch_size: int,
+    compared_windows: int,
+    sentence: str | None,
+    query: str | None,
+    progress: bool,
+) -> Measurements:
     length = windows.shape[1]
     if length < 2:
         raise UserError(f"windows of {length} tokens are too short to measure: take at least 2.")

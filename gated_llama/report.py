@@ -3,6 +3,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,19 +41,24 @@ def read_measurements(paths: list[str | Path]) -> list[dict]:
     return measured
 
 
-def draw(measured: list[dict], folder: str | Path) -> Path:
+def draw(measured: list[dict], folder: str | Path, head: str | None = None) -> Path:
     """
     Write to `folder` the page `index.html` and its figures as PNG files.
 
     Args:
         measured: models as read from measurements.json, to stand beside each other.
+        head: `LAYER.HEAD` whose attention map opens the page; None: the one that gives the first token the most.
+
+    Raises:
+        UserError: there is no such head.
     """
     folder = Path(folder)
+    chosen = _chosen_head(measured, head)
     for number, model in enumerate(measured):
         model["name"] = Path(model["model"]).name or f"model {number + 1}"
     figures = []
     for name, title, text, draw_figure in FIGURES:
-        figure = draw_figure(measured)
+        figure = draw_figure(measured, *chosen)
         if figure is None:
             continue
         figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight", facecolor="white")
@@ -95,11 +101,11 @@ def _numbers(measured: list[dict]) -> list[tuple[str, str, list[str]]]:
         ("Kurtosis into down_proj, largest", "", lambda a: f"{max(a['input_kurtosis']['down_proj']):.4g}"),
     ]
     rows += [(name, source, lambda m, f=f: f(m["activations"])) for name, source, f in activations]
-    for state in ("open", "inverted"):
+    for state, what in (("trained", "the first windows alone"), ("open", "g → 1"), ("inverted", "g → 2 − g")):
         rows.append(
             (
                 f"Loss with gates {state} (KL from trained)",
-                "g → 1" if state == "open" else "g → 2 − g",
+                what,
                 lambda m, state=state: (
                     "{:.4f} ({:.4f})".format(*m["without_gates"][state]) if m["without_gates"] else "no gates"
                 ),
@@ -129,11 +135,10 @@ def _tokens(axes, tokens: list[str], which: str) -> None:
         axes.set_yticks(range(len(tokens)), labels, fontsize=7)
 
 
-def _sentence(measured: list[dict]) -> Figure | None:
+def _sentence(measured: list[dict], layer: int, head: int) -> Figure | None:
     """Where a query's attention goes, what its gates let through, and what is left: one row a model, one layer."""
     if not all(model["sentence"] for model in measured):
         return None
-    layer, head = _sink_head(measured[0])
     figure, rows = _grid(len(measured), 4, 4.2, 3.9)
     for model, axes in zip(measured, rows, strict=True):
         shown = model["sentence"]
@@ -150,6 +155,7 @@ def _sentence(measured: list[dict]) -> Figure | None:
         axes[2].axvline(1, color="black", linewidth=0.8)
         title = "gates: 0 shut, 1 open" if shown["query_gates"] else "no gates: all passes"
         axes[2].set(title=title, xlim=(0, 2.2), xlabel="gate", ylabel="head")
+        axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
         axes[2].invert_yaxis()
         _image(axes[3], attention * gates[:, None], "what is left", "looks at", "head", SHARES)
         _tokens(axes[3], tokens, "x")
@@ -157,22 +163,27 @@ def _sentence(measured: list[dict]) -> Figure | None:
     return figure
 
 
-def _sink_head(model: dict) -> tuple[int, int]:
-    """The layer and head that give the first token the most."""
-    heads = np.array(model["attention"]["heads"])
-    layer, head = np.unravel_index(heads.argmax(), heads.shape)
-    return int(layer), int(head)
+def _chosen_head(measured: list[dict], head: str | None) -> tuple[int, int]:
+    shares = np.array(measured[0]["attention"]["heads"])
+    if head is None:
+        return tuple(map(int, np.unravel_index(shares.argmax(), shares.shape)))
+    match = re.fullmatch(r"(\d+)\.(\d+)", head)
+    if match is None or not (int(match[1]) < shares.shape[0] and int(match[2]) < shares.shape[1]):
+        last = ".".join(str(size - 1) for size in shares.shape)
+        raise UserError(f"there is no head {head}: name one from 0.0 to {last}, layer and head.")
+    return int(match[1]), int(match[2])
 
 
-def _sinks(measured: list[dict]) -> Figure:
-    figure, axes = _grid(1, len(measured), 5, 4)
-    for model, ax in zip(measured, axes[0], strict=True):
-        _image(ax, model["attention"]["heads"], model["name"], "head", "layer", SHARES)
-    figure.suptitle("Attention to the first token")
+def _sinks(measured: list[dict], layer: int, head: int) -> Figure:
+    figure, rows = _grid(2, len(measured), 5, 3.6)
+    for number, model in enumerate(measured):
+        attention = model["attention"]
+        _image(rows[0, number], attention["heads"], f"{model['name']}: attention", "head", "layer", SHARES)
+        _image(rows[1, number], attention["sink_heads"], f"{model['name']}: sink rate", "head", "layer", SHARES)
     return figure
 
 
-def _by_layer(measured: list[dict]) -> Figure:
+def _by_layer(measured: list[dict], layer: int, head: int) -> Figure:
     figure, axes = _grid(1, 3, 4.6, 3.6)
     for model in measured:
         activations = model["activations"]
@@ -189,7 +200,7 @@ def _by_layer(measured: list[dict]) -> Figure:
     return figure
 
 
-def _gates(measured: list[dict]) -> Figure | None:
+def _gates(measured: list[dict], layer: int, head: int) -> Figure | None:
     gated = [model for model in measured if model["gates"]]
     if not gated:
         return None
@@ -212,7 +223,7 @@ def _gates(measured: list[dict]) -> Figure | None:
     return figure
 
 
-def _lengths(measured: list[dict]) -> Figure:
+def _lengths(measured: list[dict], layer: int, head: int) -> Figure:
     figure, axes = _grid(1, 2, 5, 3.6)
     for model in measured:
         places, losses = zip(*model["loss_by_position"], strict=True)
@@ -228,16 +239,21 @@ def _lengths(measured: list[dict]) -> Figure:
 
 
 # Name of the file, title, what it shows, how it is drawn.
-FIGURES: list[tuple[str, str, str, Callable[[list[dict]], Figure | None]]] = [
+FIGURES: list[tuple[str, str, str, Callable[[list[dict], int, int], Figure | None]]] = [
     (
         "sentence",
         "Where attention goes, and what the gates let through",
-        "The layer of the head that gives the first token the most. First that head's map, where a bright first "
-        "column is an attention sink. Then the attention of one token by head, its gates, and the attention "
-        "that is left after them.",
+        "One head, the one that gives the first token the most unless another was chosen, and its layer. First the "
+        "head's map, where a bright first column is an attention sink. Then the attention of one token by head, its "
+        "gates, and the attention that is left after them.",
         _sentence,
     ),
-    ("sinks", "Attention to the first token, by layer and head", "Mean over queries and windows.", _sinks),
+    (
+        "sinks",
+        "Attention to the first token, and sinks, by layer and head",
+        "Above, the mean over queries and windows; below, the share of windows in which it is above 0.3.",
+        _sinks,
+    ),
     ("gates", "Gates", "One scale: 0 shut, 1 open, 2 the most.", _gates),
     ("activations", "Activations, by layer", "Logarithmic. Kurtosis is what hurts quantization.", _by_layer),
     ("lengths", "Length", "Loss by position in the window, and the sink rate of its first tokens.", _lengths),

@@ -7,6 +7,7 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("measurements", nargs="+", help="measurements.json files")
+    parser.add_argument("--head", help="LAYER.HEAD whose attention map opens the page (default: the strongest sink)")
     parser.add_argument("--out", required=True, help="a new folder, for index.html and its figures")
 
 
@@ -16,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
 
     measured = read_measurements(args.measurements)
     with new_folder(args.out) as folder:
-        draw(measured, folder)
+        draw(measured, folder, args.head)
     print(f"{args.out}/index.html")
 
 

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="to run it on, such as cuda (default: cpu)")
     add("--sentence", default=SENTENCE, help=f"to look at token by token (default: {SENTENCE!r})")
     add("--query", help="the word of it whose attention is shown (default: its last; of the default sentence: which)")
+    add("--head", help="LAYER.HEAD whose attention map opens the page (default: the strongest sink)")
     add("--out", help="a new folder, for a page with figures (index.html) and measurements.json")
     add("--quiet", action="store_true", help="no progress bar, and nothing on stdout")
     add("--json", action="store_true", help="print the measurements as JSON on stdout, a line for each model")
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         if folder:
             lines = ",\n".join(measurements.to_json() for measurements in measured)
             (folder / "measurements.json").write_text(f"[{lines}]\n", encoding="utf-8")
-            draw(read_measurements([folder / "measurements.json"]), folder)
+            draw(read_measurements([folder / "measurements.json"]), folder, args.head)
     if args.json:
         for measurements in measured:
             print(measurements.to_json())

@@ -213,12 +213,20 @@ def test_measuring_leaves_the_model_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_what_cannot_be_measured_is_refused():
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError
+
+
+def test_what_cannot_be_measured_is_refused(monkeypatch):
     model = source_model("llama")
     with pytest.raises(UserError, match="windows of 1 tokens are too short"):
         measured(model, WINDOWS[:, :1])
     with pytest.raises(UserError, match=rf"token {VOCAB}, and the model has {VOCAB}: it is not this model's"):
         measured(model, WINDOWS + VOCAB - WINDOWS.max())
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model, "forward", out_of_memory)
+        with pytest.raises(UserError, match="out of memory with 1 windows of 90 tokens at once"):
+            measured(model)
     model.model.norm.weight.data[0] = math.nan
     with pytest.raises(UserError, match="loss of LlamaForCausalLM on this text is no number"):
         measured(model)

@@ -96,3 +96,15 @@ def test_a_sentence_that_cannot_be_shown_is_refused():
         measure(model, tiny_tokenizer(), token_ids(1, 8), sentence="the cat sat", query="dog")
     with pytest.raises(UserError, match="fewer than 2 tokens"):
         measure(model, tiny_tokenizer(), token_ids(1, 8), sentence=",")
+
+
+def test_a_head_is_chosen(tmp_path, measurements):
+    pictures = []
+    for head in (None, "2.3", "0.1"):
+        (tmp_path / str(head)).mkdir()
+        draw(read_measurements([measurements]), tmp_path / str(head), head)
+        pictures.append((tmp_path / str(head) / "sentence.png").read_bytes())
+    assert len(set(pictures)) >= 2 and pictures[1] != pictures[2]
+    for head in ("3.0", "0.6", "x", "1"):
+        with pytest.raises(UserError, match=rf"no head {head}: name one from 0\.0 to 2\.5"):
+            draw(read_measurements([measurements]), tmp_path, head)
