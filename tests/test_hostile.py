@@ -8,11 +8,13 @@ import random
 import shutil
 import signal
 import struct
+import threading
 import time
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import modeling_gated  # noqa: F401  (registers the Auto classes)
@@ -192,6 +194,7 @@ def test_killed_at_random_moments(whole, tmp_path, existing):
             shutil.rmtree(output, ignore_errors=True)
         child = os.fork()
         if child == 0:  # no tidying up of the parent's: only the conversion
+            tqdm.set_lock(threading.RLock())  # its own is the parent's too, who would wait for it once this is dead
             try:
                 convert_checkpoint(whole, output, verify=False, force=True, progress=False)
             finally:
