@@ -25,14 +25,31 @@ AUTO_CLASSES = {
 }
 FROM_BASE = ("license", "license_name", "license_link", "language")
 
+CITATION = """## Citation
+
+```bibtex
+@inproceedings{qiu2025gated,
+  title = {Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free},
+  author = {Qiu, Zihan and others},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2025},
+  eprint = {2505.06708},
+  archivePrefix = {arXiv}
+}
+```"""
+
 UNCHANGED = "The base model's weight files are unchanged, byte for byte; the gates are in `model-gates.safetensors`."
 REWRITTEN = "The weights were written anew; the gates are in `model-gates.safetensors`."
 UNTRAINED = "The gates have not been trained. On its own, adding gates changes neither quality nor attention sinks."
+
+# What stands between these is written anew by the tools; the text around them is the author's.
+BEGIN, END = "<!-- gated-llama: begin -->", "<!-- gated-llama: end -->"
 
 TEMPLATE = """---
 {{ card_data }}
 ---
 
+<!-- gated-llama: begin -->
 # {{ name }}
 
 [{{ source }}]({{ source_link }}){% if revision %} (commit `{{ revision }}`){% endif %} with gated attention:
@@ -68,6 +85,9 @@ model = {{ auto_class }}.from_pretrained("path or id of this model")
 ```
 
 Without it, `trust_remote_code=True` runs the two Python files beside the weights: read them first.
+
+{{ citation }}
+<!-- gated-llama: end -->
 """
 
 TRAINED = {
@@ -79,6 +99,7 @@ FINETUNING_TEMPLATE = """---
 {{ card_data }}
 ---
 
+<!-- gated-llama: begin -->
 # {{ name }}
 
 {{ what }}: fine-tuned from {{ source }}, a model with gated attention
@@ -101,6 +122,9 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path or id of this repository")
 ```
+
+{{ citation }}
+<!-- gated-llama: end -->
 """
 
 
@@ -121,6 +145,7 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE,
+        citation=CITATION,
         name=Path(result.output).name,
         source=result.source,
         source_link=f"https://huggingface.co/{result.source}" if source.on_hub else "#how-it-was-made",
@@ -190,6 +215,7 @@ def finetuning_card(result, source: Source) -> str:
         ModelCard.from_template(
             card_data,
             template_str=FINETUNING_TEMPLATE,
+            citation=CITATION,
             name=Path(result.output).name,
             source=source.name,
             what=TRAINED[result.train],
@@ -197,3 +223,28 @@ def finetuning_card(result, source: Source) -> str:
             losses=losses,
         )
     )
+
+
+def with_text_of(new: str, old: str) -> str:
+    """
+    The card `new` with the author's text of `old`, the card that is published: what stands around the generated part,
+    and metadata that `new` says nothing about. A `new` that has such text itself is the author's latest word.
+    """
+    new, old = ModelCard(new, ignore_metadata_errors=True), ModelCard(old, ignore_metadata_errors=True)
+    before, generated, after = _parts(new.text)
+    if generated and not before.strip() and not after.strip():
+        before, has_generated, after = _parts(old.text)
+        if not has_generated:  # a card written by hand: it stands, and ours follows
+            before = before.rstrip() + "\n\n"
+    new.text = before + generated + after
+    new.data = ModelCardData(**{**old.data.to_dict(), **new.data.to_dict()})
+    new.content = f"---\n{new.data.to_yaml()}\n---\n{new.text}"
+    return new.content
+
+
+def _parts(text: str) -> tuple[str, str, str]:
+    """Before, within (with its marks) and after the generated part."""
+    begin, end = text.find(BEGIN), text.find(END)
+    if begin < 0 or end < begin:
+        return text, "", ""
+    return text[:begin], text[begin : end + len(END)], text[end + len(END) :]

@@ -1,66 +1,201 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Send a checkpoint folder to the Hub, once it has proved to be whole."""
+"""Send a checkpoint or an adapter to the Hub, once it has proved to be whole."""
 
+import json
 import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from gated_llama.checkpoint import CONFIG_NAME, INDEX_NAME, read_checkpoint
+import configuration_gated
+import modeling_gated
+from gated_llama.card import AUTO_CLASSES, with_text_of
+from gated_llama.checkpoint import CONFIG_NAME, INDEX_NAME, read_checkpoint, read_header, read_json
 from gated_llama.errors import UserError, first_line
 from gated_llama.families import read_gated_config
+from gated_llama.loading import ADAPTER_CONFIG
 
 
-CODE = ("configuration_gated.py", "modeling_gated.py")
+CODE = {Path(module.__file__).name: Path(module.__file__) for module in (configuration_gated, modeling_gated)}
+CARD = "README.md"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What leaves a secret in a text file: tokens of the Hub, OpenAI-like keys, AWS keys, private keys.
+SECRET = re.compile(
+    rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY"
+)
+
+# Run where the package cannot be imported, as by whoever loads the published model: names and shapes only, no weights.
+WITHOUT_THE_PACKAGE = """
+import sys
+for name in ("gated_llama", "modeling_gated", "configuration_gated"):
+    sys.modules[name] = None
+import json, torch, transformers
+folder, auto_class = sys.argv[1:]
+config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+with torch.device("meta"):
+    model = getattr(transformers, auto_class).from_config(config, trust_remote_code=True)
+tied = set(model.all_tied_weights_keys)
+print(json.dumps({key: [*tensor.shape] for key, tensor in model.state_dict().items() if key not in tied}))
+"""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What `publish` did. `url` is that of the commit or of the pull request."""
+
+    url: str
+    commit: str
 
 
 def files_to_publish(folder: str | os.PathLike) -> dict[str, int]:
     """
-    The files that make up the checkpoint, and their sizes in bytes; whatever else lies in the folder stays there.
+    The files that make up the checkpoint or adapter, and their sizes in bytes; whatever else lies in the folder, such
+    as states of an optimizer, checkpoints of a run or `.env`, stays there.
 
     Raises:
-        UserError: the folder holds no whole gated checkpoint.
+        UserError: the folder holds no whole gated checkpoint or adapter, or one of its files holds a secret.
     """
     folder = Path(folder)
-    checkpoint = read_checkpoint(folder)
-    read_gated_config(checkpoint.config, str(folder / CONFIG_NAME))
-    if missing := [name for name in CODE if not (folder / name).is_file()]:
-        raise UserError(f"{folder / missing[0]} is missing: save_pretrained() of the model writes it.")
-    others = [name for name in (INDEX_NAME, "README.md") if (folder / name).is_file()]
-    names = [CONFIG_NAME, *CODE, *checkpoint.shards, *checkpoint.carried, *others]
+    if (folder / ADAPTER_CONFIG).is_file():
+        read_header(folder, ADAPTER_WEIGHTS)
+        carried = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+        names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *(name for name in carried if (folder / name).is_file())]
+    else:
+        checkpoint = read_checkpoint(folder)
+        read_gated_config(checkpoint.config, str(folder / CONFIG_NAME))
+        if missing := [name for name in CODE if not (folder / name).is_file()]:
+            raise UserError(f"{folder / missing[0]} is missing: save_pretrained() of the model writes it.")
+        indexed = [INDEX_NAME] if (folder / INDEX_NAME).is_file() else []
+        names = [CONFIG_NAME, *CODE, *checkpoint.shards, *checkpoint.carried, *indexed]
+    names += [CARD] if (folder / CARD).is_file() else []
+    for name in names:
+        if not name.endswith(".safetensors") and (found := SECRET.search((folder / name).read_bytes())):
+            begin = found[0][:5].decode()
+            raise UserError(f"{folder / name} holds what looks like a secret ({begin}…): take it out, and revoke it.")
     return {name: (folder / name).stat().st_size for name in sorted(names)}
+
+
+def check_loads(folder: str | os.PathLike, *, trust_remote_code: bool = False) -> None:
+    """
+    Build the checkpoint's model in a fresh process that cannot import this package, and compare the names and shapes of
+    its parameters with the files'. That runs the folder's two code files.
+
+    Args:
+        trust_remote_code: run them even if they are not those of this package.
+
+    Raises:
+        UserError: it does not load, a tensor is missing or too many, or the code is of another version.
+    """
+    folder = Path(folder)
+    for name, own in CODE.items():
+        if not trust_remote_code and (folder / name).read_bytes() != own.read_bytes():
+            raise UserError(
+                f"{folder / name} is not this version's: save the model again with this version, or let the check run "
+                "it with --trust-remote-code."
+            )
+    checkpoint = read_checkpoint(folder)
+    auto_class = AUTO_CLASSES.get((checkpoint.config.get("architectures") or [""])[0])
+    if auto_class is None:
+        raise UserError(f"{folder / CONFIG_NAME} names no gated class in architectures: save_pretrained() writes it.")
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder.resolve()), auto_class]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"{folder} does not load without this package: {reason}")
+    wanted = {key: tuple(shape) for key, shape in json.loads(done.stdout.splitlines()[-1]).items()}
+    have = {key: info.shape for key, info in checkpoint.tensors.items()}
+    for key in sorted(wanted.keys() | have.keys()):
+        if wanted.get(key) != have.get(key) and (key in wanted or "lm_head" not in key):  # a tied head may be stored
+            raise UserError(f"{folder}: the model has {key} of shape {wanted.get(key)}, its files {have.get(key)}.")
 
 
 def publish(
     folder: str | os.PathLike,
     repository: str,
     *,
+    base: str | None = None,
     private: bool = False,
     create_pr: bool = False,
     revision: str | None = None,
-) -> str:
+    token: str | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Upload:
     """
-    Upload [`files_to_publish`] in one commit.
+    Upload [`files_to_publish`] in one commit, the weights before it, one file at a time: a file that has arrived is not
+    sent again by the next attempt, and nothing is visible before everything is there.
 
-    Returns:
-        The address of the commit, or of the pull request.
+    Args:
+        base: of an adapter, the Hub id of the converted checkpoint that it belongs to.
+        announce: hears of each file of weights.
 
     Raises:
-        UserError: the folder is not whole, or the Hub refused.
+        UserError: the folder is not whole, or the Hub refused; says what had arrived.
     """
-    names = list(files_to_publish(folder))
+    folder = Path(folder)
+    sizes = files_to_publish(folder)
+    contents = {name: folder / name for name in sizes} | _for_others(folder, base)
+    api, arrived = HfApi(token=token), []
     try:
-        api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            allow_patterns=names,
+        if CARD in contents and api.file_exists(repository, CARD, revision=revision):
+            there = api.hf_hub_download(repository, CARD, revision=revision)
+            card = with_text_of(contents[CARD].read_text(encoding="utf-8"), Path(there).read_text(encoding="utf-8"))
+            contents[CARD] = card.encode()
+        additions = [CommitOperationAdd(name, str(c) if isinstance(c, Path) else c) for name, c in contents.items()]
+        for addition in additions:
+            if addition.path_in_repo.endswith(".safetensors"):
+                announce(f"{addition.path_in_repo}: {addition.upload_info.size / 1e6:,.1f} MB …")
+                api.preupload_lfs_files(repository, [addition], create_pr=create_pr, revision=revision)
+                arrived.append(addition.path_in_repo)
+        commit = api.create_commit(
+            repository,
+            additions,
+            commit_message="Upload gated attention" + (" (adapter)" if ADAPTER_CONFIG in sizes else ""),
             create_pr=create_pr,
             revision=revision,
-            commit_message="Upload a gated-llama checkpoint",
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(f"the Hub did not take {repository}: {first_line(error)}") from error
-    return commit.pr_url or commit.commit_url
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        state = f"Arrived: {', '.join(arrived)}" if arrived else "No file of weights had arrived"
+        reason = first_line(error).replace(token or "\0", "…")
+        raise UserError(
+            f"the Hub did not take {repository}: {reason} {state}; nothing is visible there yet. Run the same command "
+            "again: what has arrived is not sent twice."
+        ) from error
+    return Upload(commit.pr_url or commit.commit_url, commit.oid)
+
+
+def _for_others(folder: Path, base: str | None) -> dict[str, bytes]:
+    """An adapter's config with a base that others can load too."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        if base is not None:
+            raise UserError(f"{folder} is a whole model, which has no base to name: leave --base out.")
+        return {}
+    config = read_json(folder / ADAPTER_CONFIG)
+    named = base or str(config.get("base_model_name_or_path"))
+    if os.path.isabs(named) or named.startswith(".") or Path(named).is_dir() or named.count("/") != 1:
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG} names {named} as its base, which is a folder of this machine: publish that one "
+            "first, and give its id with --base."
+        )
+    return {ADAPTER_CONFIG: json.dumps({**config, "base_model_name_or_path": named}, indent=2).encode()}
+
+
+def loading_snippet(folder: str | os.PathLike, repository: str, commit: str) -> str:
+    """Python that loads exactly this commit, weights and code."""
+    folder = Path(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return (
+            "import gated_llama.adapters  # from the gated-llama package\nfrom peft import AutoPeftModelForCausalLM\n\n"
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{repository}", revision="{commit}")'
+        )
+    auto_class = AUTO_CLASSES[read_json(folder / CONFIG_NAME)["architectures"][0]]
+    return (
+        f"from transformers import {auto_class}\n\n"
+        f'model = {auto_class}.from_pretrained(\n    "{repository}", revision="{commit}", trust_remote_code=True\n)'
+    )

@@ -8,6 +8,14 @@ import modeling_gated
 from gated_llama.errors import UserError
 
 
+# Architecture -> the class of vLLM's Transformers backend that runs it.
+VLLM_BACKENDS = {
+    "GatedLlamaForCausalLM": "TransformersForCausalLM",
+    "GatedLlamaForSequenceClassification": "TransformersForSequenceClassification",
+    "GatedLlamaModel": "TransformersEmbeddingModel",
+}
+
+
 def serve(model: str, options: Sequence[str] = ()) -> None:
     """
     Run `transformers serve MODEL OPTIONS`, which looks the model's class up as an attribute of `transformers`.
@@ -25,3 +33,11 @@ def serve(model: str, options: Sequence[str] = ()) -> None:
         main()
     except ImportError as error:
         raise UserError(f"transformers serve cannot start: {error}.") from error
+
+
+def register_with_vllm() -> None:
+    """vLLM's plugin (entry point `vllm.general_plugins`): our classes, run by its Transformers backend."""
+    from vllm import ModelRegistry
+
+    for name, backend in VLLM_BACKENDS.items():
+        ModelRegistry.register_model(name, f"vllm.model_executor.models.transformers:{backend}")

@@ -1,7 +1,8 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Publish a gated checkpoint on the Hub.
+"""Publish a gated checkpoint, or an adapter, on the Hub.
 
-What is sent is listed first; --dry-run stops there. The token is the one that `hf auth login` stored, or HF_TOKEN.
+It is checked first: complete, without secrets, and loading in a fresh process that cannot import this package. What is
+sent is listed; --dry-run stops there. The token is the one that `hf auth login` stored, or HF_TOKEN.
 """
 
 import argparse
@@ -9,26 +10,44 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="the checkpoint to publish")
+    parser.add_argument("folder", help="the checkpoint or adapter to publish")
     parser.add_argument("repository", help="where to, such as you/Llama-3.2-1B-gated")
+    parser.add_argument("--base", help="of an adapter: the Hub id of the converted checkpoint it belongs to")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--revision", help="branch to commit to (default: main)")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be sent, and stop")
+    parser.add_argument("--token", help="a token of the Hub, instead of the stored one")
+    parser.add_argument("--dry-run", action="store_true", help="check, list what would be sent, and stop")
+    parser.add_argument("--pin", action="store_true", help="print how to load exactly this commit")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the check run code files that are not this version's"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    from gated_llama.publish import files_to_publish, publish
+    from gated_llama.publish import check_loads, files_to_publish, loading_snippet, publish
 
     files = files_to_publish(args.folder)
+    if "config.json" in files:
+        check_loads(args.folder, trust_remote_code=args.trust_remote_code)
     for name, size in files.items():
         print(f"{size / 1e6:12,.3f} MB  {name}")
     print(f"{sum(files.values()) / 1e6:12,.3f} MB  in {len(files)} files")
-    if not args.dry_run:
-        url = publish(
-            args.folder, args.repository, private=args.private, create_pr=args.create_pr, revision=args.revision
-        )
-        print(f"published: {url}")
+    if args.dry_run:
+        return
+    upload = publish(
+        args.folder,
+        args.repository,
+        base=args.base,
+        private=args.private,
+        create_pr=args.create_pr,
+        revision=args.revision,
+        token=args.token,
+        announce=lambda line: print(line, file=sys.stderr),
+    )
+    print(f"published: {upload.url}")
+    if args.pin:
+        print(loading_snippet(args.folder, args.repository, upload.commit))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,42 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 A Hub on this machine, small but real enough for the `huggingface_hub` client: repositories are folders, files are read
-and committed over HTTP.
+and committed over HTTP, weights as LFS objects that are known by their hash. It can be told to fail.
 """
 
 import base64
 import hashlib
 import json
 import os
+import socket
 import threading
+from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 
+@dataclass
+class Fault:
+    """Answer `status` instead of what a request to a path with `part` in it asks for, `times` times; 0 cuts the line."""
+
+    part: str
+    status: int
+    times: int = 1
+
+
 @contextmanager
-def local_hub(root: Path):
-    """Serve the repositories `root/ORG/NAME`; yields the environment that sends a fresh process's Hub client here."""
+def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | None = None):
+    """
+    Serve the repositories `root/ORG/NAME`; yields the environment that sends a fresh process's Hub client here.
+
+    Args:
+        sent: gets the bytes of every LFS object that was received, by hash.
+    """
+    sent = {} if sent is None else sent
+    objects = root.parent / "lfs"
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -38,9 +57,28 @@ def local_hub(root: Path):
             parts = unquote(urlparse(self.path).path).strip("/").split("/")
             return parts[1:] if parts[0] == "datasets" else parts  # their files are found as a model's
 
+        def failed(self) -> bool:
+            for fault in faults:
+                if fault.times and fault.part in f"{self.command} {self.path}":
+                    fault.times -= 1
+                    if fault.status:
+                        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                        more = {"Retry_After": "1"} if fault.status == 429 else {}
+                        self.answer(fault.status, {"error": f"injected {fault.status}"}, **more)
+                    else:
+                        self.rfile.read(100)
+                        self.close_connection = True
+                        self.connection.shutdown(socket.SHUT_RDWR)
+                    return True
+            return False
+
         def do_GET(self):
             parts = self.parts()
-            if parts[:1] == ["api"] and len(parts) > 3 and (root / parts[2] / parts[3]).is_dir():
+            if self.failed():
+                return
+            if parts == ["api", "whoami-v2"]:
+                self.answer(200, {"type": "user", "name": "tester", "orgs": [], "auth": {}})
+            elif parts[:1] == ["api"] and len(parts) > 3 and (root / parts[2] / parts[3]).is_dir():
                 files = files_of(root / parts[2] / parts[3])
                 if len(parts) > 4 and parts[4] == "tree":
                     self.answer(200, described(files))
@@ -59,7 +97,21 @@ def local_hub(root: Path):
 
         do_HEAD = do_GET
 
+        def do_PUT(self):
+            if self.failed():
+                return
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            oid = self.parts()[-1]
+            if hashlib.sha256(content).hexdigest() != oid:
+                return self.answer(422, {"error": "another hash"})
+            objects.mkdir(parents=True, exist_ok=True)
+            (objects / oid).write_bytes(content)
+            sent[oid] = len(content)
+            self.answer(200)
+
         def do_POST(self):
+            if self.failed():
+                return
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = self.parts()
             if parts == ["api", "repos", "create"]:
@@ -71,15 +123,31 @@ def local_hub(root: Path):
                 files = files_of(root / parts[2] / parts[3])
                 self.answer(200, described({name: files[name] for name in wanted if name in files}))
             elif parts[4:5] == ["preupload"]:
-                files = [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
-                self.answer(200, {"files": files})
+                modes = {True: "lfs", False: "regular"}
+                files = json.loads(body)["files"]
+                files = [{**f, "uploadMode": modes[f["path"].endswith(".safetensors")]} for f in files]
+                self.answer(200, {"files": [{**f, "shouldIgnore": False} for f in files]})
+            elif parts[-2:] == ["objects", "batch"]:
+                answers = []
+                for wanted in json.loads(body)["objects"]:
+                    upload = {"href": f"http://{self.headers['Host']}/lfs/{wanted['oid']}", "header": {}}
+                    there = (objects / wanted["oid"]).exists()
+                    answers.append({**wanted, **({} if there else {"actions": {"upload": upload}})})
+                self.answer(200, {"transfer": "basic", "objects": answers})
             elif parts[4:5] == ["commit"]:
+                repository = root / parts[2] / parts[3]
+                as_pr = "create_pr=1" in self.path
+                target = root.parent / "pull-request" if as_pr else repository
+                target.mkdir(parents=True, exist_ok=True)
                 for line in map(json.loads, body.splitlines()):
+                    value = line["value"]
                     if line["key"] == "file":
-                        path = root / parts[2] / parts[3] / line["value"]["path"]
-                        path.write_bytes(base64.b64decode(line["value"]["content"]))
-                url = f"http://{self.headers['Host']}/{parts[2]}/{parts[3]}/commit/1"
-                self.answer(200, {"success": True, "commitOid": "1" * 40, "commitUrl": url, "hookOutput": ""})
+                        (target / value["path"]).write_bytes(base64.b64decode(value["content"]))
+                    elif line["key"] == "lfsFile":
+                        (target / value["path"]).write_bytes((objects / value["oid"]).read_bytes())
+                url, oid = f"http://{self.headers['Host']}/{parts[2]}/{parts[3]}", commit(files_of(target))
+                answer = {"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}", "hookOutput": ""}
+                self.answer(200, {**answer, **({"pullRequestUrl": f"{url}/discussions/1"} if as_pr else {})})
             else:  # validate-yaml, and whatever else the client tells us
                 self.answer(200, {})
 
