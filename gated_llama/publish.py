@@ -25,10 +25,8 @@ from gated_llama.loading import ADAPTER_CONFIG
 CODE = {Path(module.__file__).name: Path(module.__file__) for module in (configuration_gated, modeling_gated)}
 CARD = "README.md"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What leaves a secret in a text file: tokens of the Hub, OpenAI-like keys, AWS keys, private keys.
-SECRET = re.compile(
-    rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY"
-)
+# Tokens of the Hub, keys of OpenAI and of AWS, private keys.
+SECRET = re.compile(rb"\bhf_\w{30,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY")
 
 # Run where the package cannot be imported, as by whoever loads the published model: names and shapes only, no weights.
 WITHOUT_THE_PACKAGE = """

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlparse
 
 @dataclass
 class Fault:
-    """Answer `status` instead of what a request to a path with `part` in it asks for, `times` times; 0 cuts the line."""
+    """Answer `status` to requests with `part` in method and path, `times` times; a status of 0 cuts the line."""
 
     part: str
     status: int

