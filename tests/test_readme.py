@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import engines
 from gated_llama.scripts.cli import main
 from hub import local_hub
 from tiny import published, source_model
@@ -62,6 +63,11 @@ def test_load_finetune_look(tmp_path, monkeypatch, capsys):
     assert set(snippets("python")) == {"load", "look", "finetune"}
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert "GateStatistics(" in capsys.readouterr().out
+
+
+def test_the_table_of_engines_is_that_of_the_records():
+    assert engines.TABLE.search(README)[0] == engines.table()
+    assert engines.table().count("\n") == len(engines.read()) + 2
 
 
 def test_readme_names_what_exists():
