@@ -6,7 +6,7 @@ WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py
 
 .PHONY: demo test test-newest test-oldest style bench check-big check-gpu check-parallel \
-	check-quantized-cache check-real-shapes check-finetune check-distributed check-report check-vllm check-serve check-quantized
+	check-quantized-cache check-real-shapes check-finetune check-distributed check-report check-vllm check-quantized
 
 demo: .venv/installed
 	.venv/bin/python scripts/run_demo.py
@@ -53,9 +53,6 @@ check-report: .venv-report/installed
 
 check-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_vllm.py
-
-check-serve: .venv/installed
-	.venv/bin/python -m pytest -s tests/check_serve.py
 
 check-quantized: .venv-finetune/installed
 	.venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_quantized.py
