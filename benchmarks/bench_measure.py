@@ -10,22 +10,17 @@ benchmarks/results/.
 
 import argparse
 import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import LlamaConfig
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama import measure
-from measured import run_measured
+from measured import circumstances, run_measured, seconds_of, summary
 from modeling_gated import GatedLlamaForCausalLM
 
 
@@ -77,17 +72,6 @@ def plain(model: GatedLlamaForCausalLM, ids: torch.Tensor) -> None:
             model.lm_head(part)
 
 
-def seconds_of(function, *args, **settings) -> float:
-    started = time.perf_counter()
-    function(*args, **settings)
-    return time.perf_counter() - started
-
-
-def summary(values: list[float]) -> dict:
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": quartiles[1], "q25": quartiles[0], "q75": quartiles[2], "n": len(values)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4, help="of the model (default: 4)")
@@ -125,17 +109,13 @@ def main() -> None:
         print(f"measure / forward, {length:6} tokens: {ratio['median']:.2f} ({ratio['q25']:.2f} to {ratio['q75']:.2f})")
     for kind, values in memory.items():
         print(f"{args.long} tokens, 2 layers, {kind:8}: {values['peak_mib']:,.0f} MiB, {values['seconds']:.0f} s")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
     record = {
         "ratios": ratios,
         "memory": memory,
         "long": args.long,
         "layers": args.layers,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip(),
+        **circumstances(),
     }
     with open(RESULTS / "measure.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

@@ -3,9 +3,9 @@
 
 import json
 import re
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
+
+from measured import circumstances
 
 
 ROOT = Path(__file__).parent.parent
@@ -15,9 +15,7 @@ TABLE = re.compile(r"(?<=<!-- engines -->\n).*?(?=<!-- /engines -->)", re.DOTALL
 
 def record(engine: str, run: str, result: str, *packages: str) -> None:
     """Keep a result, in place of an older one of the same run, with the versions of `packages`."""
-    versions = {name: version(name) for name in ("torch", "transformers", *packages)}
-    date = datetime.now(timezone.utc).date().isoformat()
-    line = {"engine": engine, "run": run, "result": result, "versions": versions, "device": "CPU", "date": date}
+    line = {"engine": engine, "run": run, "result": result, **circumstances(*packages)}
     lines = [old for old in read() if (old["engine"], old["run"]) != (engine, run)] + [line]
     RECORDS.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 

@@ -1,9 +1,15 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Time and peak memory of one process."""
+"""What the benchmarks share: time and peak memory, their summary, and the circumstances of a record."""
 
 import json
+import os
+import platform
+import statistics
 import subprocess
 import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
 
 
 # A process begins with the peak of the one that forked it, so a small one must do the forking.
@@ -26,3 +32,29 @@ def run_measured(command: list) -> tuple[float, float]:
     if status:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
     return seconds, peak
+
+
+def seconds_of(function, *args, **settings) -> float:
+    started = time.perf_counter()
+    function(*args, **settings)
+    return time.perf_counter() - started
+
+
+def summary(values: list[float]) -> dict:
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": quartiles[1], "q25": quartiles[0], "q75": quartiles[2], "n": len(values)}
+
+
+def circumstances(*packages: str) -> dict:
+    """What every record says: the device, the versions of torch, Transformers and `packages`, the commit, the day."""
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    return {
+        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", *packages)},
+        },
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }

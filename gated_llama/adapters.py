@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 from gated_llama.checkpoint import read_header, read_json
 from gated_llama.errors import UserError, first_line
 from gated_llama.gates import gate_parameters, is_gate
-from gated_llama.loading import ADAPTER_CONFIG
+from gated_llama.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # of every key in an adapter's file
 
 ATTENTION = r".*\.self_attn\.(q|k|v|o)_proj"

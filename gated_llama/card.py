@@ -45,12 +45,7 @@ UNTRAINED = "The gates have not been trained. On its own, adding gates changes n
 # What stands between these is written anew by the tools; the text around them is the author's.
 BEGIN, END = "<!-- gated-llama: begin -->", "<!-- gated-llama: end -->"
 
-TEMPLATE = """---
-{{ card_data }}
----
-
-<!-- gated-llama: begin -->
-# {{ name }}
+TEMPLATE = """# {{ name }}
 
 [{{ source }}]({{ source_link }}){% if revision %} (commit `{{ revision }}`){% endif %} with gated attention:
 the attention output of every layer is multiplied by a gate computed from the hidden state that the queries read,
@@ -85,9 +80,6 @@ model = {{ auto_class }}.from_pretrained("path or id of this model")
 ```
 
 Without it, `trust_remote_code=True` runs the two Python files beside the weights: read them first.
-
-{{ citation }}
-<!-- gated-llama: end -->
 """
 
 TRAINED = {
@@ -95,12 +87,7 @@ TRAINED = {
     "gates": "The gates were trained; every other weight is as it was",
     "full": "All weights were trained",
 }
-FINETUNING_TEMPLATE = """---
-{{ card_data }}
----
-
-<!-- gated-llama: begin -->
-# {{ name }}
+FINETUNING_TEMPLATE = """# {{ name }}
 
 {{ what }}: fine-tuned from {{ source }}, a model with gated attention
 ([Qiu et al., 2025](https://arxiv.org/abs/2505.06708)), by `gated-llama finetune`.
@@ -122,9 +109,6 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path or id of this repository")
 ```
-
-{{ citation }}
-<!-- gated-llama: end -->
 """
 
 
@@ -142,10 +126,9 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         tags=["gated-attention", "gated-llama", "custom_code"],
         **_base_card_fields(source_folder),
     )
-    card = ModelCard.from_template(
+    return _card(
         card_data,
-        template_str=TEMPLATE,
-        citation=CITATION,
+        TEMPLATE,
         name=Path(result.output).name,
         source=result.source,
         source_link=f"https://huggingface.co/{result.source}" if source.on_hub else "#how-it-was-made",
@@ -162,7 +145,12 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         verified=str(result.verification) if result.verification else "nothing (conversion with `--no-verify`)",
         auto_class=AUTO_CLASSES[architecture],
     )
-    return str(card)
+
+
+def _card(card_data: ModelCardData, body: str, **values) -> str:
+    """Metadata, and the generated part between its marks."""
+    template = "\n".join(["---\n{{ card_data }}\n---\n", BEGIN, body, CITATION, END, ""])
+    return str(ModelCard.from_template(card_data, template_str=template, **values))
 
 
 def _base_card_fields(folder: Path) -> dict:
@@ -211,17 +199,14 @@ def finetuning_card(result, source: Source) -> str:
         tags=["gated-attention", "gated-llama", *(["lora"] if lora else ["custom_code"])],
         **_base_card_fields(source.folder),
     )
-    return str(
-        ModelCard.from_template(
-            card_data,
-            template_str=FINETUNING_TEMPLATE,
-            citation=CITATION,
-            name=Path(result.output).name,
-            source=source.name,
-            what=TRAINED[result.train],
-            result=result,
-            losses=losses,
-        )
+    return _card(
+        card_data,
+        FINETUNING_TEMPLATE,
+        name=Path(result.output).name,
+        source=source.name,
+        what=TRAINED[result.train],
+        result=result,
+        losses=losses,
     )
 
 
@@ -238,8 +223,7 @@ def with_text_of(new: str, old: str) -> str:
             before = before.rstrip() + "\n\n"
     new.text = before + generated + after
     new.data = ModelCardData(**{**old.data.to_dict(), **new.data.to_dict()})
-    new.content = f"---\n{new.data.to_yaml()}\n---\n{new.text}"
-    return new.content
+    return str(new)
 
 
 def _parts(text: str) -> tuple[str, str, str]:

@@ -84,7 +84,7 @@ class Checkpoint:
 
     @property
     def carried(self) -> list[str]:
-        return sorted(name for name in _names(self.folder) if any(fnmatch(name, pattern) for pattern in CARRIED))
+        return carried_files(self.folder)
 
     @property
     def left_behind(self) -> list[str]:
@@ -95,6 +95,10 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of all shards."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
+
+
+def carried_files(folder: Path) -> list[str]:
+    return sorted(name for name in _names(folder) if any(fnmatch(name, pattern) for pattern in CARRIED))
 
 
 def _names(folder: Path) -> list[str]:

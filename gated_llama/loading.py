@@ -12,6 +12,11 @@ from gated_llama.errors import UserError, first_line
 
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def is_adapter(folder: str | os.PathLike) -> bool:
+    return os.path.isfile(os.path.join(folder, ADAPTER_CONFIG))
 
 
 def load(source: str | os.PathLike, **settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -22,7 +27,7 @@ def load(source: str | os.PathLike, **settings) -> tuple[PreTrainedModel, PreTra
     Raises:
         UserError: there is no causal language model with a tokenizer at `source`, or the adapter's base is another.
     """
-    if os.path.isfile(os.path.join(source, ADAPTER_CONFIG)):
+    if is_adapter(source):
         from gated_llama.adapters import base_of, load_adapter
 
         model, tokenizer = load(base_of(source), **settings)

@@ -16,15 +16,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 import configuration_gated
 import modeling_gated
 from gated_llama.card import AUTO_CLASSES, with_text_of
-from gated_llama.checkpoint import CONFIG_NAME, INDEX_NAME, read_checkpoint, read_header, read_json
+from gated_llama.checkpoint import CONFIG_NAME, INDEX_NAME, carried_files, read_checkpoint, read_header, read_json
 from gated_llama.errors import UserError, first_line
 from gated_llama.families import read_gated_config
-from gated_llama.loading import ADAPTER_CONFIG
+from gated_llama.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 
 
 CODE = {Path(module.__file__).name: Path(module.__file__) for module in (configuration_gated, modeling_gated)}
 CARD = "README.md"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Tokens of the Hub, keys of OpenAI and of AWS, private keys.
 SECRET = re.compile(rb"\bhf_\w{30,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY")
 
@@ -60,10 +59,9 @@ def files_to_publish(folder: str | os.PathLike) -> dict[str, int]:
         UserError: the folder holds no whole gated checkpoint or adapter, or one of its files holds a secret.
     """
     folder = Path(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if is_adapter(folder):
         read_header(folder, ADAPTER_WEIGHTS)
-        carried = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-        names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *(name for name in carried if (folder / name).is_file())]
+        names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *carried_files(folder)]
     else:
         checkpoint = read_checkpoint(folder)
         read_gated_config(checkpoint.config, str(folder / CONFIG_NAME))
@@ -170,7 +168,7 @@ def publish(
 
 def _for_others(folder: Path, base: str | None) -> dict[str, bytes]:
     """An adapter's config with a base that others can load too."""
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not is_adapter(folder):
         if base is not None:
             raise UserError(f"{folder} is a whole model, which has no base to name: leave --base out.")
         return {}
@@ -186,13 +184,12 @@ def _for_others(folder: Path, base: str | None) -> dict[str, bytes]:
 
 def loading_snippet(folder: str | os.PathLike, repository: str, commit: str) -> str:
     """Python that loads exactly this commit, weights and code."""
-    folder = Path(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if is_adapter(folder):
         return (
             "import gated_llama.adapters  # from the gated-llama package\nfrom peft import AutoPeftModelForCausalLM\n\n"
             f'model = AutoPeftModelForCausalLM.from_pretrained("{repository}", revision="{commit}")'
         )
-    auto_class = AUTO_CLASSES[read_json(folder / CONFIG_NAME)["architectures"][0]]
+    auto_class = AUTO_CLASSES[read_json(Path(folder) / CONFIG_NAME)["architectures"][0]]
     return (
         f"from transformers import {auto_class}\n\n"
         f'model = {auto_class}.from_pretrained(\n    "{repository}", revision="{commit}", trust_remote_code=True\n)'

@@ -25,10 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from gated_llama.loading import is_adapter
     from gated_llama.publish import check_loads, files_to_publish, loading_snippet, publish
 
     files = files_to_publish(args.folder)
-    if "config.json" in files:
+    if not is_adapter(args.folder):
         check_loads(args.folder, trust_remote_code=args.trust_remote_code)
     for name, size in files.items():
         print(f"{size / 1e6:12,.3f} MB  {name}")

@@ -6,6 +6,7 @@ what quantizing costs a gated model beside what it costs its base.
 
 import pytest
 import torch
+from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import modeling_gated  # noqa: F401  (registers the Auto classes)
@@ -15,38 +16,29 @@ from gated_llama.gates import gate_parameters
 from tiny import published, source_model, token_ids
 
 
-def _int8():
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
 QUANTIZATIONS = {
     "bitsandbytes 4-bit": lambda: BitsAndBytesConfig(load_in_4bit=True),
     "bitsandbytes 8-bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "torchao int8": _int8,
+    "torchao int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
 }
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @torch.no_grad()
-def loss(model) -> float:
-    """Nats per token on the model's own samples, where it has something to lose."""
-    return model(IDS, labels=IDS).loss.item()
-
-
-IDS = token_ids(4, 64)
+def loss(model, ids: torch.Tensor) -> float:
+    """Nats per token."""
+    return model(ids, labels=ids).loss.item()
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 @pytest.mark.parametrize("gate_type", ["headwise", "elementwise"])
 def test_gates_stay_whole(tmp_path, name, gate_type):
-    global IDS
     base = published(tmp_path / "base", source_model("llama", **SHAPE), dtype=torch.bfloat16)
     convert_checkpoint(base, tmp_path / "gated", gate_type=gate_type, progress=False, verify=False)
     plain = AutoModelForCausalLM.from_pretrained(base)
     gated = AutoModelForCausalLM.from_pretrained(tmp_path / "gated")
-    IDS = plain.generate(token_ids(4, 8), do_sample=True, max_new_tokens=56, eos_token_id=-1)
+    # samples of the base, where it has something to lose
+    ids = plain.generate(token_ids(4, 8), do_sample=True, max_new_tokens=56, eos_token_id=-1)
     torch.manual_seed(3)
     for _, parameter in gate_parameters(gated):
         parameter.data.normal_(0, 0.3)
@@ -54,16 +46,15 @@ def test_gates_stay_whole(tmp_path, name, gate_type):
     deltas = []
     for folder, whole in ((base, plain), (tmp_path / "trained", gated)):
         quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QUANTIZATIONS[name]())
-        assert type(quantized.model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter or (
-            quantized.model.layers[0].self_attn.q_proj.weight.dtype != torch.bfloat16
-        )
-        deltas.append(loss(quantized) - loss(whole))
+        weight = quantized.model.layers[0].self_attn.q_proj.weight
+        assert type(weight) is not torch.nn.Parameter or weight.dtype != torch.bfloat16
+        deltas.append(loss(quantized, ids) - loss(whole, ids))
     for (_, own), (key, kept) in zip(gate_parameters(gated), gate_parameters(quantized), strict=True):
         assert torch.equal(own, kept), key
-    first = quantized.generate(IDS[:, :8], do_sample=False, max_new_tokens=8)
+    first = quantized.generate(ids[:, :8], do_sample=False, max_new_tokens=8)
     quantized.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert torch.equal(first, again.generate(IDS[:, :8], do_sample=False, max_new_tokens=8))
+    assert torch.equal(first, again.generate(ids[:, :8], do_sample=False, max_new_tokens=8))
     print(f"\n{name}, {gate_type}: loss base {deltas[0]:+.4f}, gated {deltas[1]:+.4f}")
     assert abs(deltas[1]) < 10 * max(abs(deltas[0]), 0.01)  # quantized gates would be another model
     result = f"gates equal to the bit, saved and loaded alike; loss {deltas[1]:+.4f} (base: {deltas[0]:+.4f})"

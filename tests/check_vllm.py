@@ -15,7 +15,7 @@ import torch
 import modeling_gated
 from engines import record
 from gated_llama import export_checkpoint
-from tiny import gated_model, tiny_tokenizer
+from tiny import gated_model, published
 
 
 PROMPTS = [list(range(3, 20)), list(range(40, 45)), list(range(90, 120))]
@@ -43,10 +43,10 @@ from names import names_of_layer
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    folder, settings, prompts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    folder, (settings, prompts, tokens) = sys.argv[1], map(json.loads, sys.argv[2:])
     model = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=64, gpu_memory_utilization=0.3, **settings)
     prompts = [{"prompt_token_ids": ids} for ids in prompts]
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     print("RESULT", json.dumps([list(o.outputs[0].token_ids) for o in model.generate(prompts, sampling)]))
     print("MODULES", json.dumps(model.apply_model(names_of_layer)[0]))
 """
@@ -55,10 +55,10 @@ if __name__ == "__main__":
 def served(folder, *, plugin: bool, **settings) -> dict[str, list]:
     """What a vLLM process printed."""
     script = folder.parent / "run.py"
+    script.write_text(RUN)
     (folder.parent / "names.py").write_text(NAMES)  # workers import it
-    script.write_text(f"TOKENS = {TOKENS}\n{RUN}")
     done = subprocess.run(
-        [sys.executable, script, folder, json.dumps(settings), json.dumps(PROMPTS)],
+        [sys.executable, script, folder, *map(json.dumps, (settings, PROMPTS, TOKENS))],
         cwd=folder.parent,
         env=os.environ
         | {
@@ -89,12 +89,6 @@ def greedy(model) -> list[list[int]]:
     return rows
 
 
-def saved(model, folder):
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("way", ["plugin", "remote code"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,7 +96,7 @@ def saved(model, folder):
 def test_greedy_tokens_are_those_of_transformers(tmp_path, gate_type, kind, way, tp):
     model = gated_model(modeling_gated.GatedLlamaForCausalLM, gate_type=gate_type, **SHAPE, **KINDS[kind])
     expected = greedy(model)
-    folder = saved(model, tmp_path / "gated")
+    folder = published(tmp_path / "gated", model, old_style=False, tokenizer=True)
     model.set_gate_strength(0)
     assert greedy(model) != expected  # control: the gates decide over these tokens
     result = served(folder, plugin=way == "plugin", trust_remote_code=way == "remote code", tensor_parallel_size=tp)
@@ -114,7 +108,8 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, gate_type, kind, way,
 
 def test_the_native_export_on_vllms_own_class(tmp_path):
     model = gated_model(modeling_gated.GatedLlamaForCausalLM, use_qk_norm=True, **SHAPE)
-    export_checkpoint(saved(model, tmp_path / "gated"), tmp_path / "native", to="qwen3_5", progress=False)
+    folder = published(tmp_path / "gated", model, old_style=False, tokenizer=True)
+    export_checkpoint(folder, tmp_path / "native", to="qwen3_5", progress=False)
     try:
         result = served(tmp_path / "native", plugin=False)["RESULT"]
         outcome = "greedy tokens equal Transformers'" if result == greedy(model) else "other tokens"

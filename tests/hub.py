@@ -102,7 +102,7 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
                 return
             content = self.rfile.read(int(self.headers["Content-Length"]))
             oid = self.parts()[-1]
-            if hashlib.sha256(content).hexdigest() != oid:
+            if lfs_oid(content) != oid:
                 return self.answer(422, {"error": "another hash"})
             objects.mkdir(parents=True, exist_ok=True)
             (objects / oid).write_bytes(content)
@@ -123,10 +123,11 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
                 files = files_of(root / parts[2] / parts[3])
                 self.answer(200, described({name: files[name] for name in wanted if name in files}))
             elif parts[4:5] == ["preupload"]:
-                modes = {True: "lfs", False: "regular"}
                 files = json.loads(body)["files"]
-                files = [{**f, "uploadMode": modes[f["path"].endswith(".safetensors")]} for f in files]
-                self.answer(200, {"files": [{**f, "shouldIgnore": False} for f in files]})
+                for file in files:
+                    file["uploadMode"] = "lfs" if file["path"].endswith(".safetensors") else "regular"
+                    file["shouldIgnore"] = False
+                self.answer(200, {"files": files})
             elif parts[-2:] == ["objects", "batch"]:
                 answers = []
                 for wanted in json.loads(body)["objects"]:
@@ -135,9 +136,8 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
                     answers.append({**wanted, **({} if there else {"actions": {"upload": upload}})})
                 self.answer(200, {"transfer": "basic", "objects": answers})
             elif parts[4:5] == ["commit"]:
-                repository = root / parts[2] / parts[3]
                 as_pr = "create_pr=1" in self.path
-                target = root.parent / "pull-request" if as_pr else repository
+                target = root.parent / "pull-request" if as_pr else root / parts[2] / parts[3]
                 target.mkdir(parents=True, exist_ok=True)
                 for line in map(json.loads, body.splitlines()):
                     value = line["value"]
@@ -174,6 +174,10 @@ def files_of(repository: Path) -> dict[str, bytes]:
 
 def described(files: dict[str, bytes]) -> list[dict]:
     return [{"type": "file", "path": name, "size": len(b), "oid": sha(b)} for name, b in files.items()]
+
+
+def lfs_oid(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def sha(content: bytes) -> str:
