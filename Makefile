@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Tests run one process per core, so each takes one thread.
 PYTEST = env OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKERS ?= 2
-MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py
+MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py tests/test_publish.py
 
 .PHONY: demo test test-newest test-oldest style bench check-big check-gpu check-parallel \
 	check-quantized-cache check-real-shapes check-finetune check-distributed check-report check-vllm check-quantized
@@ -16,7 +16,7 @@ test: test-newest test-oldest
 test-newest: .venv/installed
 	$(PYTEST) .venv/bin/python -m pytest -n $(WORKERS) tests
 
-# The model, the Auto classes and remote code on the oldest Transformers that is supported.
+# The model, the Auto classes, remote code and publishing on the oldest Transformers that is supported (Hub client 1.x).
 test-oldest: .venv-oldest/installed
 	$(PYTEST) .venv-oldest/bin/python -m pytest -n $(WORKERS) $(MODEL_TESTS)
 

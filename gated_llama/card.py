@@ -1,12 +1,14 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The model card of a converted checkpoint: what it is, how it was made, what was verified, how it is loaded."""
+"""Model cards: what a checkpoint is, how it was made, what was verified and measured, how it is loaded."""
 
 import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoint import Source
+from gated_llama.measurements import numbers
 
 
 PIPELINE_TAGS = {
@@ -45,70 +47,95 @@ UNTRAINED = "The gates have not been trained. On its own, adding gates changes n
 # What stands between these is written anew by the tools; the text around them is the author's.
 BEGIN, END = "<!-- gated-llama: begin -->", "<!-- gated-llama: end -->"
 
-TEMPLATE = """# {{ name }}
+INTRODUCTION = """with gated attention: the attention output of every layer is multiplied by a gate computed from
+the hidden state that the queries read, before `o_proj` ([Qiu et al., 2025](https://arxiv.org/abs/2505.06708))."""
 
-[{{ source }}]({{ source_link }}){% if revision %} (commit `{{ revision }}`){% endif %} with gated attention:
-the attention output of every layer is multiplied by a gate computed from the hidden state that the queries read,
-before `o_proj` ([Qiu et al., 2025](https://arxiv.org/abs/2505.06708)). {{ weights }}
-
-| gate | value |
+GATES = """| gate | value |
 |---|---|
-| type | {{ gate_type }} |
-| value | {{ gate_scale }} · σ(x · W{% if gate_bias %} + b{% endif %}) |
-| start | {{ start }} |
-| parameters | {{ "{:,}".format(gate_parameters) }} beside {{ "{:,}".format(other_parameters) }} |
+| type | {{ config.gate_type }} |
+| value | {{ "%g" | format(config.gate_scale) }} · σ(x · W{% if config.gate_bias %} + b{% endif %}) |
+"""
 
-{{ trained }}
-
-## How it was made
-
-```bash
-{{ command }}
-```
-
-**Verified:** {{ verified }}.
-
-## How it is loaded
+LOADING = """## How it is loaded
 
 With the gated-llama package installed, which needs no remote code:
 
 ```python
 import modeling_gated  # registers the Auto classes
-from transformers import {{ auto_class }}
+from {{ library }} import {{ auto_class }}
 
-model = {{ auto_class }}.from_pretrained("path or id of this model")
+model = {{ auto_class }}.from_pretrained("path or id of this repository")
 ```
 
-Without it, `trust_remote_code=True` runs the two Python files beside the weights: read them first.
+Without it, `{{ auto_class }}.from_pretrained(…, trust_remote_code=True)` runs the two Python files beside the weights{%
+if library == "peft" %} of the base model{% endif %}: read them first.
 """
+
+CONVERSION = f"""# {{{{ name }}}}
+
+[{{{{ source }}}}]({{{{ source_link }}}}){{% if revision %}} (commit `{{{{ revision }}}}`){{% endif %}}
+{INTRODUCTION} {{{{ weights }}}}
+
+{GATES}| start | {{{{ start }}}} |
+| parameters | {{{{ "{{:,}}".format(gate_parameters) }}}} beside {{{{ "{{:,}}".format(other_parameters) }}}} |
+
+{{{{ trained }}}}
+
+## How it was made
+
+```bash
+{{{{ command }}}}
+```
+
+**Verified:** {{{{ verified }}}}.
+
+{LOADING}"""
 
 TRAINED = {
     "lora": "A LoRA adapter, and the gates trained whole beside it",
     "gates": "The gates were trained; every other weight is as it was",
     "full": "All weights were trained",
 }
-FINETUNING_TEMPLATE = """# {{ name }}
+FINETUNING = f"""# {{{{ name }}}}
 
-{{ what }}: fine-tuned from {{ source }}, a model with gated attention
-([Qiu et al., 2025](https://arxiv.org/abs/2505.06708)), by `gated-llama finetune`.
+{{{{ what }}}}: fine-tuned from {{{{ source }}}}{{% if revision %}} (commit `{{{{ revision }}}}`){{% endif %}}, a model
+{INTRODUCTION}
+
+{GATES}
+## How it was trained
+
+```bash
+{{{{ command }}}}
+```
 
 | | |
 |---|---|
-| parameters | {{ result.parameters }} |
-| data | {{ result.data }} |
-| steps | {{ result.steps }} |
-{% if losses %}| held-out loss, nats per token | {{ losses }} |
-{% endif %}
-{{ result.verdict }}
+| parameters | {{{{ result.parameters }}}} |
+| data | {{{{ result.data }}}} |
+| steps | {{{{ result.steps }}}} |
+{{% for name, value in settings.items() %}}| {{{{ name }}}} | {{{{ value }}}} |
+{{% endfor %}}
+{{% if losses %}}Held-out loss, nats a token: {{{{ losses }}}}. {{% endif %}}{{{{ result.verdict }}}}
 
-## How it is loaded
+{LOADING}"""
 
-```python
-import modeling_gated  # from the gated-llama package: registers the Auto classes
-from transformers import AutoModelForCausalLM
+SAVED = f"""# {{{{ name }}}}
 
-model = AutoModelForCausalLM.from_pretrained("path or id of this repository")
-```
+A model {INTRODUCTION}
+
+{GATES}
+{{% if conversion %}}Its gates were added to {{{{ conversion.source }}}}{{% if conversion.revision %}} (commit
+`{{{{ conversion.revision }}}}`){{% endif %}} by `gated-llama convert`.
+
+{{% endif %}}
+{LOADING}"""
+
+MEASURED = """## Measured
+
+By `gated-llama inspect`, on {windows} windows of {length} tokens.
+
+{table}
+
 """
 
 
@@ -128,14 +155,12 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
     )
     return _card(
         card_data,
-        TEMPLATE,
+        CONVERSION,
         name=Path(result.output).name,
         source=result.source,
         source_link=f"https://huggingface.co/{result.source}" if source.on_hub else "#how-it-was-made",
         revision=result.revision,
-        gate_type=result.gate_type,
-        gate_scale=f"{result.gate_scale:g}",
-        gate_bias=result.gate_bias,
+        config=result,
         start="open (1: the model computes what it did without)" if result.gate_init == "open" else "random",
         gate_parameters=result.gate_parameters,
         other_parameters=result.other_parameters,
@@ -143,6 +168,7 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         trained=UNTRAINED if result.source_layout == "plain" else "The gates are those of the source.",
         command=_command(result),
         verified=str(result.verification) if result.verification else "nothing (conversion with `--no-verify`)",
+        library="transformers",
         auto_class=AUTO_CLASSES[architecture],
     )
 
@@ -182,11 +208,14 @@ def _command(result) -> str:
     return shlex.join(words)
 
 
-def finetuning_card(result, source: Source) -> str:
+def finetuning_card(result, source: Source, config: GatedLlamaConfig, asked: dict) -> str:
     """
     Args:
         result: the [`FinetuneResult`] to describe.
         source: the gated checkpoint that was trained.
+        config: its config.
+        asked: what the run was asked to do, by the names of [`FinetuneSettings`]; `data` and whatever differs from its
+            defaults.
     """
     lora = result.train == "lora"
     losses = ""
@@ -199,15 +228,77 @@ def finetuning_card(result, source: Source) -> str:
         tags=["gated-attention", "gated-llama", *(["lora"] if lora else ["custom_code"])],
         **_base_card_fields(source.folder),
     )
+    asked = {name: _without_folders(value) for name, value in asked.items()}
+    words = ["gated-llama", "finetune", source.name, "--out", Path(result.output).name]
+    for name, value in asked.items():
+        words += _option(name, value)
     return _card(
         card_data,
-        FINETUNING_TEMPLATE,
+        FINETUNING,
         name=Path(result.output).name,
         source=source.name,
+        revision=source.revision,
+        config=config,
         what=TRAINED[result.train],
+        command=shlex.join(words),
         result=result,
+        settings={name.replace("_", " "): value for name, value in asked.items() if not isinstance(value, list)},
         losses=losses,
+        library="peft" if lora else "transformers",
+        auto_class="AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM",
     )
+
+
+def _option(name: str, value) -> list[str]:
+    """A setting as `gated-llama finetune` takes it."""
+    option = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [option if value else option.replace("--", "--no-")]
+    return [option, *(value if isinstance(value, list) else [str(value)])]
+
+
+def _without_folders(value):
+    """Of data on this machine its name: a local path is nobody else's business."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return [Path(entry).name if Path(entry).exists() else entry for entry in value]
+
+
+def saved_card(config: GatedLlamaConfig, folder: Path) -> str:
+    """Of a checkpoint that has none, as `save_pretrained` leaves it: what its config tells."""
+    architecture = config.architectures[0]
+    base = {"base_model": config.conversion["source"]} if config.conversion else {}
+    card_data = ModelCardData(
+        **base,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAGS[architecture],
+        tags=["gated-attention", "gated-llama", "custom_code"],
+    )
+    return _card(
+        card_data,
+        SAVED,
+        name=folder.resolve().name,
+        config=config,
+        conversion=config.conversion,
+        library="transformers",
+        auto_class=AUTO_CLASSES[architecture],
+    )
+
+
+def with_measurements(card: str, measured: list[dict]) -> str:
+    """The card with a table of these models side by side, as the last part of what is generated but the citation."""
+    card = ModelCard(card, ignore_metadata_errors=True)
+    before, generated, after = _parts(card.text)
+    names = [Path(model["model"]).name for model in measured]
+    rows = [["", *names], ["---"] * (1 + len(names))]
+    rows += [[f"{name} ({source})" if source else name, *values] for name, source, values in numbers(measured)]
+    section = MEASURED.format(
+        windows=measured[0]["windows"],
+        length=measured[0]["length"],
+        table="\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows),
+    )
+    card.text = before + (generated.replace(CITATION, section + CITATION) or f"\n\n{section}") + after
+    return str(card)
 
 
 def with_text_of(new: str, old: str) -> str:

@@ -458,6 +458,15 @@ def _kept(trainer: GatedTrainer) -> str:
     return f" {last} is whole: --resume goes on from it." if last else " No checkpoint had been written."
 
 
+def _told(asked: dict) -> dict:
+    """Of what a run was asked to do, what others want to know: the data, the learning rates, whatever is unusual."""
+    usual = json.loads(json.dumps(asdict(FinetuneSettings())))
+    told = {name: value for name, value in asked.items() if name in usual and value != usual[name]}
+    lr = LEARNING_RATES[asked["train"]] if asked["lr"] is None else asked["lr"]
+    rates = {"gate_lr": asked["gate_lr"]} if asked["train"] == "gates" else {"lr": lr, "gate_lr": asked["gate_lr"]}
+    return {"data": asked["data"], "train": asked["train"], **rates, **told}
+
+
 def _write_result(
     trainer: GatedTrainer, checkpoint: Checkpoint, config: GatedLlamaConfig, found: Source, result: FinetuneResult
 ) -> None:
@@ -488,8 +497,10 @@ def _write_result(
             if result.train != "lora":
                 for module in (configuration_gated, modeling_gated):
                     shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
-            (partial / "README.md").write_text(finetuning_card(result, found), encoding="utf-8")
-            record = read_json(output / RECORD) | {"result": asdict(result), "log": trainer.state.log_history}
+            record = read_json(output / RECORD)
+            card = finetuning_card(result, found, config, _told(record["asked"]))
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            record |= {"result": asdict(result), "log": trainer.state.log_history}
             (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             last = ("", CONFIG_NAME, ADAPTER_CONFIG, RECORD)
             for path in sorted(partial.iterdir(), key=lambda path: last.index(path.name if path.name in last else "")):

@@ -10,20 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from yaml import YAMLError
 
 import configuration_gated
 import modeling_gated
-from gated_llama.card import AUTO_CLASSES, with_text_of
+from gated_llama.card import AUTO_CLASSES, saved_card, with_measurements, with_text_of
 from gated_llama.checkpoint import CONFIG_NAME, INDEX_NAME, carried_files, read_checkpoint, read_header, read_json
 from gated_llama.errors import UserError, first_line
 from gated_llama.families import read_gated_config
 from gated_llama.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
+from gated_llama.measurements import MEASUREMENTS_NAME, read_measurements
 
 
 CODE = {Path(module.__file__).name: Path(module.__file__) for module in (configuration_gated, modeling_gated)}
 CARD = "README.md"
+INSPECTION = Path("inspection", MEASUREMENTS_NAME)  # where `gated-llama inspect … --out FOLDER/inspection` leaves it
 # Tokens of the Hub, keys of OpenAI and of AWS, private keys.
 SECRET = re.compile(rb"\bhf_\w{30,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY")
 
@@ -50,31 +53,62 @@ class Upload:
     commit: str
 
 
-def files_to_publish(folder: str | os.PathLike) -> dict[str, int]:
+def contents_to_publish(folder: str | os.PathLike, *, base: str | None = None) -> dict[str, Path | bytes]:
     """
-    The files that make up the checkpoint or adapter, and their sizes in bytes; whatever else lies in the folder, such
-    as states of an optimizer, checkpoints of a run or `.env`, stays there.
+    The files that make up the checkpoint or adapter, by name: those of the folder, or what is sent in their place.
+    Whatever else lies there, such as states of an optimizer, checkpoints of a run or `.env`, stays there.
+
+    A card is written if there is none, and gets the numbers of `inspection/measurements.json` if there are any.
+
+    Args:
+        base: of an adapter, the Hub id of the converted checkpoint that it belongs to.
 
     Raises:
-        UserError: the folder holds no whole gated checkpoint or adapter, or one of its files holds a secret.
+        UserError: the folder holds no whole gated checkpoint or adapter, one of its files holds a secret, its card has
+            metadata that cannot be read, or its base is a folder of this machine.
     """
     folder = Path(folder)
+    card = _read_card(folder / CARD) if (folder / CARD).is_file() else None
     if is_adapter(folder):
         read_header(folder, ADAPTER_WEIGHTS)
-        names = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *carried_files(folder)]
+        names = [ADAPTER_WEIGHTS, *carried_files(folder)]
+        contents = {name: folder / name for name in names} | {ADAPTER_CONFIG: _config_for_others(folder, base)}
     else:
+        if base is not None:
+            raise UserError(f"{folder} is a whole model, which has no base to name: leave --base out.")
         checkpoint = read_checkpoint(folder)
-        read_gated_config(checkpoint.config, str(folder / CONFIG_NAME))
+        config = read_gated_config(checkpoint.config, str(folder / CONFIG_NAME))
         if missing := [name for name in CODE if not (folder / name).is_file()]:
             raise UserError(f"{folder / missing[0]} is missing: save_pretrained() of the model writes it.")
         indexed = [INDEX_NAME] if (folder / INDEX_NAME).is_file() else []
         names = [CONFIG_NAME, *CODE, *checkpoint.shards, *checkpoint.carried, *indexed]
-    names += [CARD] if (folder / CARD).is_file() else []
-    for name in names:
-        if not name.endswith(".safetensors") and (found := SECRET.search((folder / name).read_bytes())):
+        contents = {name: folder / name for name in names}
+        card = card or saved_card(config, folder)
+    if card and (folder / INSPECTION).is_file():
+        card = with_measurements(card, read_measurements([folder / INSPECTION]))
+    if card:
+        contents[CARD] = card.encode()
+    for name, content in contents.items():
+        if not name.endswith(".safetensors") and (found := SECRET.search(_bytes(content))):
             begin = found[0][:5].decode()
             raise UserError(f"{folder / name} holds what looks like a secret ({begin}…): take it out, and revoke it.")
-    return {name: (folder / name).stat().st_size for name in sorted(names)}
+    return dict(sorted(contents.items()))
+
+
+def sizes_of(contents: dict[str, Path | bytes]) -> dict[str, int]:
+    """In bytes."""
+    return {name: c.stat().st_size if isinstance(c, Path) else len(c) for name, c in contents.items()}
+
+
+def _bytes(content: Path | bytes) -> bytes:
+    return content.read_bytes() if isinstance(content, Path) else content
+
+
+def _read_card(path: Path) -> str:
+    try:
+        return str(ModelCard.load(path))
+    except (ValueError, OSError, YAMLError) as error:
+        raise UserError(f"{path}: the metadata of the card cannot be read ({first_line(error)}): mend it.") from error
 
 
 def check_loads(folder: str | os.PathLike, *, trust_remote_code: bool = False) -> None:
@@ -123,25 +157,29 @@ def publish(
     announce: Callable[[str], None] = lambda line: None,
 ) -> Upload:
     """
-    Upload [`files_to_publish`] in one commit, the weights before it, one file at a time: a file that has arrived is not
-    sent again by the next attempt, and nothing is visible before everything is there.
+    Upload [`contents_to_publish`] in one commit, the weights before it, one file at a time: a file that has arrived is
+    not sent again by the next attempt, and nothing is visible before everything is there.
 
     Args:
         base: of an adapter, the Hub id of the converted checkpoint that it belongs to.
+        revision: branch to commit to, made if it is not there.
         announce: hears of each file of weights.
 
     Raises:
         UserError: the folder is not whole, or the Hub refused; says what had arrived.
     """
-    folder = Path(folder)
-    sizes = files_to_publish(folder)
-    contents = {name: folder / name for name in sizes} | _for_others(folder, base)
+    contents = contents_to_publish(folder, base=base)
     api, arrived = HfApi(token=token), []
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        if CARD in contents and api.file_exists(repository, CARD, revision=revision):
-            there = api.hf_hub_download(repository, CARD, revision=revision)
-            card = with_text_of(contents[CARD].read_text(encoding="utf-8"), Path(there).read_text(encoding="utf-8"))
+        if revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        if CARD in contents:
+            card = contents[CARD].decode()
+            if api.file_exists(repository, CARD, revision=revision):
+                there = api.hf_hub_download(repository, CARD, revision=revision, token=token)
+                card = with_text_of(card, Path(there).read_text(encoding="utf-8"))
+            ModelCard(card).validate(repo_type="model")  # before the weights go, not with the commit behind them
             contents[CARD] = card.encode()
         additions = [CommitOperationAdd(name, str(c) if isinstance(c, Path) else c) for name, c in contents.items()]
         for addition in additions:
@@ -152,7 +190,7 @@ def publish(
         commit = api.create_commit(
             repository,
             additions,
-            commit_message="Upload gated attention" + (" (adapter)" if ADAPTER_CONFIG in sizes else ""),
+            commit_message="Upload gated attention" + (" (adapter)" if ADAPTER_CONFIG in contents else ""),
             create_pr=create_pr,
             revision=revision,
         )
@@ -166,12 +204,8 @@ def publish(
     return Upload(commit.pr_url or commit.commit_url, commit.oid)
 
 
-def _for_others(folder: Path, base: str | None) -> dict[str, bytes]:
+def _config_for_others(folder: Path, base: str | None) -> bytes:
     """An adapter's config with a base that others can load too."""
-    if not is_adapter(folder):
-        if base is not None:
-            raise UserError(f"{folder} is a whole model, which has no base to name: leave --base out.")
-        return {}
     config = read_json(folder / ADAPTER_CONFIG)
     named = base or str(config.get("base_model_name_or_path"))
     if os.path.isabs(named) or named.startswith(".") or Path(named).is_dir() or named.count("/") != 1:
@@ -179,7 +213,7 @@ def _for_others(folder: Path, base: str | None) -> dict[str, bytes]:
             f"{folder / ADAPTER_CONFIG} names {named} as its base, which is a folder of this machine: publish that one "
             "first, and give its id with --base."
         )
-    return {ADAPTER_CONFIG: json.dumps({**config, "base_model_name_or_path": named}, indent=2).encode()}
+    return json.dumps({**config, "base_model_name_or_path": named}, indent=2).encode()
 
 
 def loading_snippet(folder: str | os.PathLike, repository: str, commit: str) -> str:

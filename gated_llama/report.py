@@ -2,7 +2,6 @@
 """Draw measurements: PNG figures, and a page that holds them, their tables and the text, and fetches nothing."""
 
 import base64
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gated_llama.errors import UserError
+from gated_llama.measurements import numbers
 
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -22,23 +22,6 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 GATES = {"cmap": "RdBu_r", "vmin": 0.0, "vmax": 2.0}
 SHARES = {"cmap": "magma", "vmin": 0.0, "vmax": 1.0}
 matplotlib.rcParams["font.family"] = ["DejaVu Sans"]  # comes with matplotlib
-
-
-def read_measurements(paths: list[str | Path]) -> list[dict]:
-    """
-    Raises:
-        UserError: a file is not one that `gated-llama inspect --out` wrote.
-    """
-    measured = []
-    for path in map(Path, paths):
-        try:
-            models = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as measurements: {error}.") from None
-        if not isinstance(models, list) or not all(isinstance(m, dict) and "attention" in m for m in models):
-            raise UserError(f"{path} holds no measurements: take a measurements.json of `gated-llama inspect --out`.")
-        measured += models
-    return measured
 
 
 def draw(measured: list[dict], folder: str | Path, head: str | None = None) -> Path:
@@ -67,7 +50,7 @@ def draw(measured: list[dict], folder: str | Path, head: str | None = None) -> P
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["gate_colour"] = gate_colour
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        models=measured, figures=figures, numbers=_numbers(measured), zip=zip
+        models=measured, figures=figures, numbers=numbers(measured), zip=zip
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
     return folder / "index.html"
@@ -76,42 +59,6 @@ def draw(measured: list[dict], folder: str | Path, head: str | None = None) -> P
 def gate_colour(gate: float) -> str:
     """The colour of a gate on its scale, as CSS, light enough for dark text."""
     return to_hex(matplotlib.colormaps[GATES["cmap"]](0.2 + 0.6 * min(2.0, max(0.0, gate)) / 2))
-
-
-def _numbers(measured: list[dict]) -> list[tuple[str, str, list[str]]]:
-    """The rows of the table: what it is, by whose definition, the value for each model."""
-    rows = [
-        ("Loss, nats a token", "windows apart, every predicted token", lambda m: f"{m['loss']:.4f}"),
-        ("Attention to the first token", "F-Attn, Qiu et al.", lambda m: f"{m['attention']['first_token']:.4f}"),
-        ("… of queries from the 17th on", "", lambda m: f"{m['attention']['first_token_later']:.4f}"),
-    ]
-    for length in measured[0]["attention"]["sink_rate"]:
-        rows.append(
-            (
-                f"Sink rate, {length} tokens",
-                "ε = 0.3, first token, Gu et al.",
-                lambda m, length=length: f"{m['attention']['sink_rate'].get(length, float('nan')):.1%}",
-            )
-        )
-    activations = [
-        ("Largest activation", "M-Act, Qiu et al.", lambda a: f"{a['m_act']:.4g}"),
-        ("Layers with |x| > 100", "", lambda a: f"{a['above_100']:.0%}"),
-        ("Layers with massive activations", "and > 1000 medians, Sun et al.", lambda a: f"{a['massive']:.0%}"),
-        ("Kurtosis into o_proj, largest", "Bondarenko et al.", lambda a: f"{max(a['input_kurtosis']['o_proj']):.4g}"),
-        ("Kurtosis into down_proj, largest", "", lambda a: f"{max(a['input_kurtosis']['down_proj']):.4g}"),
-    ]
-    rows += [(name, source, lambda m, f=f: f(m["activations"])) for name, source, f in activations]
-    for state, what in (("trained", "the first windows alone"), ("open", "g → 1"), ("inverted", "g → 2 − g")):
-        rows.append(
-            (
-                f"Loss with gates {state} (KL from trained)",
-                what,
-                lambda m, state=state: (
-                    "{:.4f} ({:.4f})".format(*m["without_gates"][state]) if m["without_gates"] else "no gates"
-                ),
-            )
-        )
-    return [(name, source, [value(model) for model in measured]) for name, source, value in rows]
 
 
 def _grid(models: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:

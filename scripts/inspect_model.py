@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     from gated_llama.loading import load
 
     if args.out:
-        from gated_llama.report import draw, read_measurements
+        from gated_llama.measurements import MEASUREMENTS_NAME, read_measurements
+        from gated_llama.report import draw
 
     documents = read_documents(args.text)
     measured = []
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
             del model
         if folder:
             lines = ",\n".join(measurements.to_json() for measurements in measured)
-            (folder / "measurements.json").write_text(f"[{lines}]\n", encoding="utf-8")
-            draw(read_measurements([folder / "measurements.json"]), folder, args.head)
+            (folder / MEASUREMENTS_NAME).write_text(f"[{lines}]\n", encoding="utf-8")
+            draw(read_measurements([folder / MEASUREMENTS_NAME]), folder, args.head)
     if args.json:
         for measurements in measured:
             print(measurements.to_json())

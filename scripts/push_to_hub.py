@@ -2,7 +2,8 @@
 """Publish a gated checkpoint, or an adapter, on the Hub.
 
 It is checked first: complete, without secrets, and loading in a fresh process that cannot import this package. What is
-sent is listed; --dry-run stops there. The token is the one that `hf auth login` stored, or HF_TOKEN.
+sent is listed; --dry-run stops there. Numbers that `gated-llama inspect BASE --compare FOLDER --text … --out
+FOLDER/inspection` left there go into the card. The token is the one that `hf auth login` stored, or HF_TOKEN.
 """
 
 import argparse
@@ -26,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from gated_llama.loading import is_adapter
-    from gated_llama.publish import check_loads, files_to_publish, loading_snippet, publish
+    from gated_llama.publish import check_loads, contents_to_publish, loading_snippet, publish, sizes_of
 
-    files = files_to_publish(args.folder)
+    files = sizes_of(contents_to_publish(args.folder, base=args.base))
     if not is_adapter(args.folder):
         check_loads(args.folder, trust_remote_code=args.trust_remote_code)
     for name, size in files.items():

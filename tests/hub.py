@@ -1,7 +1,8 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 A Hub on this machine, small but real enough for the `huggingface_hub` client: repositories are folders, files are read
-and committed over HTTP, weights as LFS objects that are known by their hash. It can be told to fail.
+and committed over HTTP, weights as LFS objects that are known by their hash; private ones are shown to whoever has the
+token. It refuses a card with `license: none-such`, and can be told to fail.
 """
 
 import base64
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
+
+
+TOKEN = "hf_test"
 
 
 @dataclass
@@ -36,7 +40,13 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
         sent: gets the bytes of every LFS object that was received, by hash.
     """
     sent = {} if sent is None else sent
-    objects = root.parent / "lfs"
+    objects, private = root.parent / "lfs", set()
+
+    def place(name: str, revision: str = "main") -> Path:
+        """Where a branch, or the newest commit of one, has its files."""
+        branches = {path.parts[-3]: path for path in root.parent.glob(f"branches/*/{name}")}
+        heads = {commit(files_of(path)): path for path in branches.values()}
+        return (branches | heads).get(revision, root / name)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -56,6 +66,11 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
         def parts(self) -> list[str]:
             parts = unquote(urlparse(self.path).path).strip("/").split("/")
             return parts[1:] if parts[0] == "datasets" else parts  # their files are found as a model's
+
+        def may_see(self, name: str) -> bool:
+            return (root / name).is_dir() and (
+                name not in private or self.headers["Authorization"] == f"Bearer {TOKEN}"
+            )
 
         def failed(self) -> bool:
             for fault in faults:
@@ -78,15 +93,16 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
                 return
             if parts == ["api", "whoami-v2"]:
                 self.answer(200, {"type": "user", "name": "tester", "orgs": [], "auth": {}})
-            elif parts[:1] == ["api"] and len(parts) > 3 and (root / parts[2] / parts[3]).is_dir():
-                files = files_of(root / parts[2] / parts[3])
+            elif parts[:1] == ["api"] and len(parts) > 3 and self.may_see("/".join(parts[2:4])):
+                revision = parts[5] if parts[4:5] in (["tree"], ["revision"]) else "main"
+                files = files_of(place("/".join(parts[2:4]), revision))
                 if len(parts) > 4 and parts[4] == "tree":
                     self.answer(200, described(files))
                 else:
                     siblings = [{"rfilename": name} for name in files]
                     self.answer(200, {"id": "/".join(parts[2:4]), "sha": commit(files), "siblings": siblings})
-            elif len(parts) > 4 and parts[2] == "resolve" and (root / parts[0] / parts[1]).is_dir():
-                files = files_of(root / parts[0] / parts[1])
+            elif len(parts) > 4 and parts[2] == "resolve" and self.may_see("/".join(parts[:2])):
+                files = files_of(place("/".join(parts[:2]), parts[3]))
                 name = "/".join(parts[4:])
                 if name in files:
                     self.answer(200, files[name], ETag=f'"{sha(files[name])}"', X_Repo_Commit=commit(files))
@@ -115,12 +131,15 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = self.parts()
             if parts == ["api", "repos", "create"]:
-                name = "/".join(filter(None, (json.loads(body).get("organization"), json.loads(body)["name"])))
+                asked = json.loads(body)
+                name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
                 (root / name).mkdir(parents=True, exist_ok=True)
+                if asked.get("private") or asked.get("visibility") == "private":
+                    private.add(name)
                 self.answer(200, {"url": f"http://{self.headers['Host']}/{name}", "name": name})
             elif parts[4:5] == ["paths-info"]:
                 wanted = json.loads(body)["paths"]
-                files = files_of(root / parts[2] / parts[3])
+                files = files_of(place("/".join(parts[2:4]), parts[5]))
                 self.answer(200, described({name: files[name] for name in wanted if name in files}))
             elif parts[4:5] == ["preupload"]:
                 files = json.loads(body)["files"]
@@ -135,9 +154,16 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
                     there = (objects / wanted["oid"]).exists()
                     answers.append({**wanted, **({} if there else {"actions": {"upload": upload}})})
                 self.answer(200, {"transfer": "basic", "objects": answers})
+            elif parts[4:5] == ["branch"]:
+                (root.parent / "branches" / parts[5] / parts[2] / parts[3]).mkdir(parents=True)
+                self.answer(200, {})
+            elif parts == ["api", "validate-yaml"]:
+                wrong = "license: none-such" in json.loads(body)["content"]
+                errors = [{"message": '"license" must be one of those there are'}] if wrong else []
+                self.answer(400 if wrong else 200, {"errors": errors, "warnings": []})
             elif parts[4:5] == ["commit"]:
                 as_pr = "create_pr=1" in self.path
-                target = root.parent / "pull-request" if as_pr else root / parts[2] / parts[3]
+                target = root.parent / "pull-request" if as_pr else place("/".join(parts[2:4]), parts[5])
                 target.mkdir(parents=True, exist_ok=True)
                 for line in map(json.loads, body.splitlines()):
                     value = line["value"]
@@ -148,7 +174,7 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
                 url, oid = f"http://{self.headers['Host']}/{parts[2]}/{parts[3]}", commit(files_of(target))
                 answer = {"success": True, "commitOid": oid, "commitUrl": f"{url}/commit/{oid}", "hookOutput": ""}
                 self.answer(200, {**answer, **({"pullRequestUrl": f"{url}/discussions/1"} if as_pr else {})})
-            else:  # validate-yaml, and whatever else the client tells us
+            else:  # whatever else the client tells us
                 self.answer(200, {})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -158,7 +184,7 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
             **{key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"},
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
             "HF_HOME": str(root.parent / "hf_home"),
-            "HF_TOKEN": "hf_test",
+            "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_XET": "1",
             "PYTHONWARNINGS": "ignore",
         }

@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import modeling_gated  # noqa: F401  (registers the Auto classes)
-from gated_llama import convert_checkpoint, gated_lora_config
+from gated_llama import convert_checkpoint, gated_lora_config, measure
 from gated_llama.card import BEGIN, END, with_text_of
 from gated_llama.errors import UserError
-from gated_llama.publish import check_loads, files_to_publish
+from gated_llama.publish import check_loads, contents_to_publish
 from hub import Fault, lfs_oid, local_hub
-from tiny import published, source_model, token_ids
+from tiny import gated_model, published, source_model, tiny_tokenizer, token_ids
 
 
 PUSH = """
@@ -82,6 +83,25 @@ def test_pushed_and_loaded_by_its_id_at_the_printed_commit(gated, tmp_path):
     assert torch.equal(torch.load(tmp_path / "x.pt"), own(token_ids()).logits)
 
 
+def test_a_private_branch(gated, tmp_path):
+    """Into a private repository, on a branch that is made: seen with the token only, and only on that branch."""
+    snippet = """
+model = AutoModelForCausalLM.from_pretrained("org/name", revision="dev", trust_remote_code=True)
+"""
+    torch.save(token_ids(), tmp_path / "x.pt")
+    load = [sys.executable, "-c", LOAD, snippet, tmp_path / "x.pt"]
+    with local_hub(tmp_path / "hub") as environment:
+        codes, _, errors = push(environment, f"{gated} org/name --private --revision dev", checked=False)
+        assert codes == ["0"], errors
+        subprocess.run(load, cwd="/", env=environment, check=True)
+        stranger = environment | {"HF_TOKEN": "hf_other", "HF_HOME": str(tmp_path / "other")}
+        done = subprocess.run(load, cwd="/", env=stranger, capture_output=True, text=True)
+        assert done.returncode and "org/name" in done.stderr
+    assert not list((tmp_path / "hub" / "org" / "name").iterdir())  # main is as it was
+    own = AutoModelForCausalLM.from_pretrained(gated)
+    assert torch.equal(torch.load(tmp_path / "x.pt"), own(token_ids()).logits)
+
+
 def test_what_goes_wrong_on_the_way(gated, tmp_path):
     """Every fault ends in a sentence with nothing visible, or is got over; the next attempt sends only the rest."""
     refused = {401: "create", 403: "preupload", 404: "preupload", 409: "/commit/", 413: "/commit/"}
@@ -104,20 +124,30 @@ def test_what_goes_wrong_on_the_way(gated, tmp_path):
 
 
 def test_adapters(gated, tmp_path):
+    """Refused while its base is a folder; then loaded by its id, base and all, by who has not the package."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(gated), gated_lora_config(r=2))
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "optimizer.pt").write_bytes(b"x")
+    snippet = """
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("org/adapter", trust_remote_code=True)
+"""
+    torch.save(token_ids(), tmp_path / "x.pt")
     with local_hub(tmp_path / "hub") as environment:
         there = f"{tmp_path / 'adapter'} org/adapter"
-        codes, _, errors = push(environment, there, f"{there} --base org/gated --pin")
-        assert codes == ["2", "0"], errors
+        commands = f"{there} --dry-run", f"{there} --base org/gated --pin", f"{gated} org/gated"
+        codes, _, errors = push(environment, *commands, checked=False)
+        assert codes == ["2", "0", "0"], errors
         assert "publish that one first" in errors
+        load = [sys.executable, "-c", LOAD, snippet, tmp_path / "x.pt"]
+        subprocess.run(load, cwd="/", env=environment, check=True)
     names = {path.name for path in (tmp_path / "hub" / "org" / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names and "optimizer.pt" not in names
-    config = json.loads((tmp_path / "hub" / "org" / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "org/gated"
     own = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert own["base_model_name_or_path"] == str(gated)
+    assert torch.equal(torch.load(tmp_path / "x.pt"), model.eval()(token_ids()).logits)
 
 
 def test_what_does_not_load_elsewhere_is_refused(gated):
@@ -139,10 +169,10 @@ def test_what_does_not_load_elsewhere_is_refused(gated):
 
 @pytest.mark.parametrize("secret", ["hf_" + "a" * 34, "AKIA" + "A" * 16, "-----BEGIN PRIVATE KEY-----"])
 def test_secrets_are_not_sent(gated, secret):
-    assert "README.md" in files_to_publish(gated)
+    assert "README.md" in contents_to_publish(gated)
     (gated / "README.md").write_text(f"token = {secret}")
     with pytest.raises(UserError, match=r"README\.md holds what looks like a secret") as caught:
-        files_to_publish(gated)
+        contents_to_publish(gated)
     assert secret not in str(caught.value)
 
 
@@ -161,3 +191,39 @@ def test_the_authors_text_stays(gated):
     assert with_text_of(card, new.replace(END, f"{END}\nother")) == card  # the newer word
     by_hand = with_text_of(new, "# A card by hand\n")
     assert by_hand.index("# A card by hand") < by_hand.index(BEGIN)
+
+
+def test_a_card_the_hub_refuses_stops_before_the_weights(gated, tmp_path):
+    (gated / "README.md").write_text("---\nlicense: none-such\n---\n")
+    sent = {}
+    with local_hub(tmp_path / "hub", sent=sent) as environment:
+        codes, _, errors = push(environment, f"{gated} org/name", checked=False)
+    assert codes == ["2"] and "license" in errors and not sent
+    (gated / "README.md").write_text("---\nlicense: [mit\n---\n")
+    with pytest.raises(UserError, match=r"README\.md: the metadata of the card cannot be read"):
+        contents_to_publish(gated)
+
+
+def test_a_saved_model_gets_a_card_with_what_was_measured(gated, tmp_path):
+    """A model as `save_pretrained` leaves it, with an inspection beside it; the author's text on the Hub stays."""
+    model = AutoModelForCausalLM.from_pretrained(gated)
+    model.save_pretrained(tmp_path / "saved")
+    assert "## Measured" not in contents_to_publish(tmp_path / "saved")["README.md"].decode()
+    windows = token_ids(2, 70)
+    models = (source_model("llama"), gated_model(type(model)))
+    results = [replace(measure(m, tiny_tokenizer(), windows), model=name) for m, name in zip(models, "ab", strict=True)]
+    (tmp_path / "saved" / "inspection").mkdir()
+    lines = ",".join(result.to_json() for result in results)
+    (tmp_path / "saved" / "inspection" / "measurements.json").write_text(f"[{lines}]")
+    with local_hub(tmp_path / "hub") as environment:
+        there = tmp_path / "hub" / "org" / "name" / "README.md"
+        there.parent.mkdir(parents=True)
+        there.write_text("---\ndatasets:\n- mine\n---\n# By hand\n")
+        codes, _, errors = push(environment, *[f"{tmp_path / 'saved'} org/name"] * 2, checked=False)
+        assert codes == ["0", "0"], errors
+    card = ModelCard.load(there)
+    assert card.data.base_model == "source" and card.data.datasets == ["mine"]
+    assert card.text.count("# By hand") == 1 and card.text.count("## Measured") == 1
+    assert "| type | headwise |" in card.text
+    row = next(line for line in card.text.splitlines() if line.startswith("| Loss, nats a token"))
+    assert row.endswith(f"| {results[0].loss:.4f} | {results[1].loss:.4f} |")

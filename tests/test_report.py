@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from gated_llama import UserError, measure
-from gated_llama.report import draw, gate_colour, read_measurements
+from gated_llama.measurements import read_measurements
+from gated_llama.report import draw, gate_colour
 from gated_llama.scripts.cli import main
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, source_model, tiny_tokenizer, token_ids
