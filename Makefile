@@ -6,7 +6,7 @@ WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py tests/test_publish.py
 
 .PHONY: demo test test-newest test-oldest style bench check-big check-gpu check-parallel \
-	check-quantized-cache check-real-shapes check-finetune check-distributed check-report check-vllm check-quantized
+	check-quantized-cache check-real-shapes check-finetune check-distributed check-report check-vllm check-quantized check-serve
 
 demo: .venv/installed
 	.venv/bin/python scripts/run_demo.py
@@ -43,6 +43,9 @@ check-quantized-cache: .venv-quantized/installed
 
 check-parallel: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_parallel.py
+
+check-serve: .venv/installed
+	.venv/bin/python -m pytest -s tests/check_serve.py
 
 check-distributed: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_distributed.py

@@ -1,8 +1,11 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Serve a gated model over HTTP."""
 
+import os
 import sys
 from collections.abc import Sequence
+
+from huggingface_hub.constants import HF_HUB_CACHE
 
 import modeling_gated
 from gated_llama.errors import UserError
@@ -24,6 +27,7 @@ def serve(model: str, options: Sequence[str] = ()) -> None:
         UserError: what `transformers serve` needs is not installed.
     """
     sys.argv = ["transformers", "serve", model, *options]
+    os.makedirs(HF_HUB_CACHE, exist_ok=True)  # /v1/models looks through it
     try:
         from transformers.cli.serving import model_manager
         from transformers.cli.transformers import main
