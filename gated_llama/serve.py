@@ -11,14 +11,6 @@ import modeling_gated
 from gated_llama.errors import UserError
 
 
-# Architecture -> the class of vLLM's Transformers backend that runs it.
-VLLM_BACKENDS = {
-    "GatedLlamaForCausalLM": "TransformersForCausalLM",
-    "GatedLlamaForSequenceClassification": "TransformersForSequenceClassification",
-    "GatedLlamaModel": "TransformersEmbeddingModel",
-}
-
-
 def serve(model: str, options: Sequence[str] = ()) -> None:
     """
     Run `transformers serve MODEL OPTIONS`, which looks the model's class up as an attribute of `transformers`.
@@ -40,8 +32,11 @@ def serve(model: str, options: Sequence[str] = ()) -> None:
 
 
 def register_with_vllm() -> None:
-    """vLLM's plugin (entry point `vllm.general_plugins`): our classes, run by its Transformers backend."""
+    """
+    vLLM's plugin (entry point `vllm.general_plugins`): our causal LM, run by its Transformers backend. From that vLLM
+    makes what it needs for the bare model and the classification head, pooling the last token as they do.
+    """
     from vllm import ModelRegistry
 
-    for name, backend in VLLM_BACKENDS.items():
-        ModelRegistry.register_model(name, f"vllm.model_executor.models.transformers:{backend}")
+    backend = "vllm.model_executor.models.transformers:TransformersForCausalLM"
+    ModelRegistry.register_model("GatedLlamaForCausalLM", backend)

@@ -6,6 +6,7 @@ classes come from the plugin (nothing of the folder is run) or from the folder (
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -47,7 +48,13 @@ if __name__ == "__main__":
     model = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=64, gpu_memory_utilization=0.3, **settings)
     prompts = [{"prompt_token_ids": ids} for ids in prompts]
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    print("RESULT", json.dumps([list(o.outputs[0].token_ids) for o in model.generate(prompts, sampling)]))
+    if settings.get("runner") != "pooling":
+        result = [list(o.outputs[0].token_ids) for o in model.generate(prompts, sampling)]
+    elif "classify" in model.supported_tasks:
+        result = [o.outputs.probs for o in model.classify(prompts)]
+    else:
+        result = [o.outputs.embedding for o in model.embed(prompts)]
+    print("RESULT", json.dumps(result))
     print("MODULES", json.dumps(model.apply_model(names_of_layer)[0]))
 """
 
@@ -106,15 +113,48 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, gate_type, kind, way,
     record("vLLM", f"{kind}; {gate_type}; {way}; TP {tp}", "greedy tokens equal Transformers'; q, k, v fused", VLLM)
 
 
-def test_the_native_export_on_vllms_own_class(tmp_path):
+@pytest.mark.parametrize("gate_type", ["headwise", "elementwise"])
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "Model"])
+def test_heads(tmp_path, head, gate_type):
+    """Class probabilities, and the last token's hidden state on the unit sphere."""
+    model = gated_model(getattr(modeling_gated, f"GatedLlama{head}"), gate_type=gate_type, num_labels=3, **SHAPE)
+    folder = published(tmp_path / "gated", model, old_style=False, tokenizer=True)
+
+    @torch.no_grad()
+    def expected() -> torch.Tensor:
+        outputs = [model(torch.tensor([ids])) for ids in PROMPTS]
+        if head == "Model":
+            return torch.stack([torch.nn.functional.normalize(o.last_hidden_state[0, -1], dim=0) for o in outputs])
+        return torch.cat([o.logits.softmax(-1) for o in outputs])
+
+    result = torch.tensor(served(folder, plugin=True, runner="pooling")["RESULT"])
+    torch.testing.assert_close(result, expected(), atol=1e-5, rtol=1e-4)  # fp32, sums in another order
+    model.set_gate_strength(0)  # control
+    assert not torch.allclose(result, expected(), atol=1e-2)
+    what = "embedding" if head == "Model" else "class probabilities"
+    record("vLLM", f"GatedLlama{head}; {gate_type}; plugin; TP 1", f"{what} equal Transformers' within 1e-5", VLLM)
+
+
+@pytest.fixture
+def native(tmp_path):
     model = gated_model(modeling_gated.GatedLlamaForCausalLM, use_qk_norm=True, **SHAPE)
     folder = published(tmp_path / "gated", model, old_style=False, tokenizer=True)
     export_checkpoint(folder, tmp_path / "native", to="qwen3_5", progress=False)
+    return tmp_path / "native", greedy(model)
+
+
+def test_the_native_export_on_the_transformers_backend(native):
+    folder, expected = native
+    assert served(folder, plugin=False, model_impl="transformers")["RESULT"] == expected
+    record("vLLM", "export to Qwen3.5; Transformers backend, no code of ours; TP 1", "greedy tokens equal ours", VLLM)
+
+
+def test_the_native_export_on_vllms_own_class(native):
+    folder, expected = native
     try:
-        result = served(tmp_path / "native", plugin=False)["RESULT"]
-        outcome = "greedy tokens equal Transformers'" if result == greedy(model) else "other tokens"
+        outcome = "greedy tokens equal ours" if served(folder, plugin=False)["RESULT"] == expected else "other tokens"
     except AssertionError as error:
-        reasons = [line for line in str(error).splitlines() if "Error" in line]
-        outcome = f"does not start: {reasons[-1].split(') ', 1)[-1].strip()[:200] if reasons else 'no reason given'}"
+        reasons = re.findall(r"\w+Error: (?!Error raised in subprocess).+", str(error))
+        outcome = f"does not start here: {reasons[0][:200] if reasons else 'no reason given'}"
     print(f"\nnative export: {outcome}")  # recorded whatever it is: nothing here is ours to mend
-    record("vLLM", "export to Qwen3.5, vLLM's own class", outcome, VLLM)
+    record("vLLM", "export to Qwen3.5; vLLM's own class; TP 1", outcome, VLLM)
