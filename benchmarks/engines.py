@@ -3,6 +3,7 @@
 
 import json
 import re
+from itertools import combinations
 from pathlib import Path
 
 from measured import circumstances
@@ -25,10 +26,24 @@ def read() -> list[dict]:
 
 
 def table() -> str:
+    """Runs with one result that differ in one of their parts share a row: `plain; TP 1 / TP 2`."""
     rows = ["| engine | what was run | result |", "|---|---|---|"]
+    by_result = {}
     for line in sorted(read(), key=lambda line: (line["engine"], line["run"])):
-        rows.append(f"| {line['engine']} | {line['run']} | {line['result']} |")
+        by_result.setdefault((line["engine"], line["result"]), []).append([{part} for part in line["run"].split("; ")])
+    for (engine, result), runs in by_result.items():
+        for run in merged(runs):
+            rows.append(f"| {engine} | {'; '.join(' / '.join(sorted(part)) for part in run)} | {result} |")
     return "\n".join(rows) + "\n"
+
+
+def merged(runs: list[list[set[str]]]) -> list[list[set[str]]]:
+    for first, second in combinations(runs, 2):
+        differ = [a != b for a, b in zip(first, second, strict=False)]
+        if len(first) == len(second) and sum(differ) == 1:
+            both = [a | b for a, b in zip(first, second, strict=True)]
+            return merged([both, *(run for run in runs if run is not first and run is not second)])
+    return runs
 
 
 if __name__ == "__main__":

@@ -83,6 +83,15 @@ def test_public_names_are_lazy_and_all_there():
         gated_llama.bogus  # noqa: B018
 
 
+def test_vllms_plugin_needs_torch_and_transformers_alone():
+    """An engine's environment has none of our other requirements; a plugin that cannot be imported is skipped there."""
+    others = ["accelerate", "datasets", "hypothesis", "jinja2", "matplotlib", "peft", "psutil"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); import gated_llama.serve"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    control = subprocess.run([sys.executable, "-c", f"{code}, gated_llama.checkpoint"], capture_output=True, text=True)
+    assert "psutil" in control.stderr
+
+
 def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     copy = tmp_path / "copy"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
@@ -102,3 +111,4 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     scripts = {f"gated_llama/scripts/{path.name}" for path in sources("scripts")}
     assert scripts <= names
     assert "gated-llama = gated_llama.scripts.cli:main" in entry_points
+    assert "gated_llama = gated_llama.serve:register_with_vllm" in entry_points
