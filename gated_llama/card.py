@@ -56,6 +56,10 @@ GATES = """| gate | value |
 | value | {{ "%g" | format(config.gate_scale) }} · σ(x · W{% if config.gate_bias %} + b{% endif %}) |
 """
 
+ORIGIN = """{% if conversion %}The gates were added to {{ conversion.source }}{% if conversion.revision %} (commit
+`{{ conversion.revision }}`){% endif %} by `gated-llama convert`.
+{% endif %}"""
+
 LOADING = """## How it is loaded
 
 With the gated-llama package installed, which needs no remote code:
@@ -102,6 +106,7 @@ FINETUNING = f"""# {{{{ name }}}}
 {INTRODUCTION}
 
 {GATES}
+{ORIGIN}
 ## How it was trained
 
 ```bash
@@ -110,7 +115,7 @@ FINETUNING = f"""# {{{{ name }}}}
 
 | | |
 |---|---|
-| parameters | {{{{ result.parameters }}}} |
+| trained | {{{{ trained }}}} |
 | data | {{{{ result.data }}}} |
 | steps | {{{{ result.steps }}}} |
 {{% for name, value in settings.items() %}}| {{{{ name }}}} | {{{{ value }}}} |
@@ -124,10 +129,7 @@ SAVED = f"""# {{{{ name }}}}
 A model {INTRODUCTION}
 
 {GATES}
-{{% if conversion %}}Its gates were added to {{{{ conversion.source }}}}{{% if conversion.revision %}} (commit
-`{{{{ conversion.revision }}}}`){{% endif %}} by `gated-llama convert`.
-
-{{% endif %}}
+{ORIGIN}
 {LOADING}"""
 
 MEASURED = """## Measured
@@ -232,6 +234,9 @@ def finetuning_card(result, source: Source, config: GatedLlamaConfig, asked: dic
     words = ["gated-llama", "finetune", source.name, "--out", Path(result.output).name]
     for name, value in asked.items():
         words += _option(name, value)
+    settings = {
+        name.replace("_", " "): asked[name] for name in asked if name not in ("data", "eval_data", "train", "steps")
+    }
     return _card(
         card_data,
         FINETUNING,
@@ -239,10 +244,12 @@ def finetuning_card(result, source: Source, config: GatedLlamaConfig, asked: dic
         source=source.name,
         revision=source.revision,
         config=config,
+        conversion=config.conversion,
         what=TRAINED[result.train],
         command=shlex.join(words),
+        trained=str(result.parameters).removeprefix("training "),
         result=result,
-        settings={name.replace("_", " "): value for name, value in asked.items() if not isinstance(value, list)},
+        settings=settings,
         losses=losses,
         library="peft" if lora else "transformers",
         auto_class="AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM",

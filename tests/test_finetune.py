@@ -2,6 +2,7 @@
 """Training a gated model in each way, stopping and resuming, watching the run, on small models that can learn."""
 
 import json
+import re
 import math
 import os
 import signal
@@ -83,6 +84,9 @@ def test_gates_alone_rewrite_one_file_that_makes_another_copy_the_trained_model(
     after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     assert after.keys() - before.keys() == {"finetune.json"}
     assert {name for name in before if before[name] != after[name]} == {GATES_NAME, "README.md"}
+    card = after["README.md"].decode()
+    assert re.search(r"gated-llama finetune gated --out run --data \S+ --train gates --gate-lr \S+ --", card)
+    assert "added to source by" in card and "| gate lr |" in card and str(tmp_path) not in card
     convert_checkpoint(tmp_path / "source", tmp_path / "copy", progress=False)
     (tmp_path / "copy" / GATES_NAME).write_bytes(after[GATES_NAME])
     logits = [AutoModelForCausalLM.from_pretrained(tmp_path / name)(token_ids()).logits for name in ("copy", "run")]

@@ -199,6 +199,10 @@ def test_a_card_the_hub_refuses_stops_before_the_weights(gated, tmp_path):
     with local_hub(tmp_path / "hub", sent=sent) as environment:
         codes, _, errors = push(environment, f"{gated} org/name", checked=False)
     assert codes == ["2"] and "license" in errors and not sent
+    unreachable = environment | {"HF_ENDPOINT": "http://127.0.0.1:1"}
+    (gated / "README.md").unlink()
+    codes, _, errors = push(unreachable, f"{gated} org/name", checked=False)
+    assert codes == ["2"] and "did not take" in errors
     (gated / "README.md").write_text("---\nlicense: [mit\n---\n")
     with pytest.raises(UserError, match=r"README\.md: the metadata of the card cannot be read"):
         contents_to_publish(gated)
