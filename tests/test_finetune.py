@@ -2,9 +2,9 @@
 """Training a gated model in each way, stopping and resuming, watching the run, on small models that can learn."""
 
 import json
-import re
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
