@@ -7,7 +7,7 @@ and nowhere else. One layer with one head learns it without a gate, with a gate,
 and plainly fine-tuned; what is measured is where the queries of the other tokens look, and what the gates let through.
 Writes a table for people, a figure to docs/ and one JSON line a seed to benchmarks/results/.
 
-    python benchmarks/spotlight.py [--seeds 0 1 2] [--steps 9000] [--finetune-steps 500]
+    python benchmarks/spotlight.py [--seeds 0 1 2] [--steps 2000] [--finetune-steps 500]
 """
 
 import argparse
@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from matplotlib.figure import Figure
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama import convert_checkpoint
-from measured import RESULTS, circumstances, keep_record, read_records
+from gated_llama.gates import GATE_RATE
+from measured import RESULTS, ROOT, circumstances, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
 from training import train
 
@@ -29,11 +31,13 @@ from training import train
 RECORDS = RESULTS / "spotlight.jsonl"
 BOS, TRIGGERS, VOCAB, LENGTH = 0, (1, 2, 3), 64, 64
 TRIGGER_SHARE = 0.1  # how often a trigger follows a token that is not one
-RATE, BATCH, POOL = 3e-3, 64, 2**16
+RATE, FINETUNE_RATE, BATCH, POOL = 3e-3, 1e-4, 64, 2**14
+SINK = 0.3  # the attention that makes a head a sink (Gu et al., arXiv 2410.10781)
+MODELS = ("ungated", "gated from scratch", "converted", "converted, fine-tuned")
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
-    "intermediate_size": 64,
+    "intermediate_size": 8,  # a wide MLP learns to take away what an idle head adds, and the sink is less needed
     "num_hidden_layers": 1,
     "num_attention_heads": 1,
     "max_position_embeddings": LENGTH,
@@ -71,3 +75,162 @@ class Language:
 
 def is_trigger(ids: torch.Tensor) -> torch.Tensor:
     return torch.isin(ids, torch.tensor(TRIGGERS))
+
+
+def batches(pool: torch.Tensor, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        ids = pool[torch.randint(len(pool), (BATCH,), generator=generator)]
+        yield ids, ids
+
+
+@torch.no_grad()
+def look(model: PreTrainedModel, ids: torch.Tensor) -> tuple[dict[str, float], torch.Tensor, torch.Tensor | None]:
+    """
+    Means over `ids` (B, T) of what idle tokens and triggers do; and of the first window the attention (T, T) and the
+    gates (T), None without gates.
+    """
+    gated = isinstance(model, GatedLlamaForCausalLM)
+    model.set_attn_implementation("eager")
+    outputs = model(ids, output_attentions=True, use_cache=False, **({"output_gates": True} if gated else {}))
+    model.set_attn_implementation("sdpa")
+    attention = outputs.attentions[0][:, 0]  # (B, T, T)
+    losses = functional.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    triggers = is_trigger(ids)
+    idle = ~triggers
+    idle[:, 0] = False  # the first token can look at nothing but itself
+    before = functional.pad(attention.diagonal(-1, 1, 2), (1, 0))  # of each query on the token before it
+    found = {
+        "first": attention[..., 0][idle].mean(),
+        "copied": before[triggers].mean(),
+        "loss_idle": losses[idle[:, :-1]].mean(),
+        "loss_trigger": losses[triggers[:, :-1]].mean(),
+    }
+    gates = outputs.gates[0][..., 0] if gated else None
+    if gated:
+        found |= {"gate_idle": gates[idle].mean(), "gate_trigger": gates[triggers].mean()}
+    return {name: value.item() for name, value in found.items()}, attention[0], gates[0] if gated else None
+
+
+def compare(seed: int, steps: int, finetune_steps: int) -> tuple[dict, dict[str, tuple], torch.Tensor]:
+    """
+    Returns:
+        The record; for each model the attention and the gates of one window; that window.
+    """
+    language = Language.made(seed)
+    pool, held_out = language.windows(POOL, 2 * seed + 1), language.windows(512, 2 * seed + 2)
+    set_seed(seed)
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    scratch = GatedLlamaForCausalLM(GatedLlamaConfig(**SHAPE, gate_scale=1.0, gate_init="normal"))
+    curves, found, shown = {}, {}, {}
+
+    def trained(name: str, model: PreTrainedModel, steps: int, rate: float, gate_rate: float | None = None) -> None:
+        if steps:
+            told = f"seed {seed}, {name}"
+            curves[name] = train(model, batches(pool, seed), steps=steps, rate=rate, gate_rate=gate_rate, name=told)
+        found[name], *shown[name] = look(model.eval(), held_out)
+
+    trained("ungated", base, steps, RATE)
+    trained("gated from scratch", scratch, steps, RATE)
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(f"{folder}/base")
+        convert_checkpoint(f"{folder}/base", f"{folder}/gated", progress=False)
+        converted = AutoModelForCausalLM.from_pretrained(f"{folder}/gated")
+    trained("converted", converted, 0, 0.0)
+    trained("converted, fine-tuned", converted, finetune_steps, FINETUNE_RATE, GATE_RATE * FINETUNE_RATE)
+    evenly = torch.arange(1, LENGTH + 1).reciprocal()[None].expand(len(held_out), -1)
+    idle = ~is_trigger(held_out[:, 1:])
+    record = {
+        "seed": seed,
+        "steps": steps,
+        "finetune_steps": finetune_steps,
+        "rate": RATE,
+        "evenly": evenly[:, 1:][idle].mean().item(),  # attention on the first token if it were spread evenly
+        "models": found,
+        "curves": curves,
+        **circumstances(),
+    }
+    return record, shown, held_out[0]
+
+
+@dataclass(frozen=True)
+class Claim:
+    says: str
+    found: str
+    holds: bool
+
+
+def claims(records: list[dict]) -> list[Claim]:
+    """What the task is to show, in every seed."""
+    models = [record["models"] for record in records]
+    sinks = [model["ungated"]["first"] for model in models]
+    ratios = [model["gated from scratch"]["first"] / sink for model, sink in zip(models, sinks, strict=True)]
+    gates = [model["gated from scratch"]["gate_trigger"] / model["gated from scratch"]["gate_idle"] for model in models]
+    left = [model["converted, fine-tuned"]["first"] / sink for model, sink in zip(models, sinks, strict=True)]
+    return [
+        Claim(f"ungated: idle queries are a sink, ≥ {SINK}", f"{min(sinks):.3f} at least", min(sinks) >= SINK),
+        Claim("gated from scratch: ≤ .25 of that", f"{max(ratios):.2f} at most", max(ratios) <= 0.25),
+        Claim("… gates of triggers ≥ 5 × those of idle tokens", f"{min(gates):.1f} × at least", min(gates) >= 5),
+        Claim("plain fine-tuning leaves ≥ .75 of the sink", f"{min(left):.2f} at least", min(left) >= 0.75),
+    ]
+
+
+def table(records: list[dict]) -> str:
+    """For people and the README: means over seeds."""
+    columns = ("first", "gate_idle", "gate_trigger", "loss_idle", "loss_trigger")
+    rows = [
+        "| | idle queries on the first token (each seed) | gate, idle | gate, triggers | loss, idle | loss, triggers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in MODELS:
+        found = [record["models"][name] for record in records]
+        values = [f"{sum(f[c] for f in found) / len(found):.3f}" if c in found[0] else "–" for c in columns]
+        firsts = ", ".join(f"{model['first']:.3f}" for model in found)
+        values[0] += f" ({firsts})"
+        rows.append(f"| {name} | {' | '.join(values)} |")
+    evenly = sum(record["evenly"] for record in records) / len(records)
+    rows.append(f"| attention spread evenly | {evenly:.3f} | | | | |")
+    return "\n".join(rows) + "\n"
+
+
+def draw(shown: dict[str, tuple], ids: torch.Tensor, tokens: int = 24) -> Figure:
+    """For three models the attention of one window, rows of triggers marked, and its gates."""
+    names = ("ungated", "gated from scratch", "converted, fine-tuned")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    axes = figure.subplots(2, 3, height_ratios=(3, 1), sharex=True)
+    triggers = is_trigger(ids[:tokens])
+    for column, name in enumerate(names):
+        attention, gates = shown[name]
+        image = axes[0, column].imshow(attention[:tokens, :tokens], cmap="magma", vmin=0, vmax=1)
+        axes[0, column].set(title=name, ylabel="query (▸ trigger)", yticks=triggers.nonzero()[:, 0].tolist())
+        axes[0, column].set_yticklabels(["▸"] * int(triggers.sum()))
+        axes[1, column].set_title("no gate: all passes" if gates is None else "", fontsize=9)
+        gates = torch.ones(tokens) if gates is None else gates[:tokens]
+        colours = ["tab:red" if trigger else "tab:grey" for trigger in triggers]
+        axes[1, column].bar(range(tokens), gates, color=colours)
+        axes[1, column].set(xlabel="token", ylabel="gate")
+    figure.colorbar(image, ax=axes[0], label="attention")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--steps", type=int, default=2000, help="of training from scratch (default: 2000)")
+    parser.add_argument("--finetune-steps", type=int, default=500, help="of the converted model (default: 500)")
+    args = parser.parse_args()
+    records = []
+    for number, seed in enumerate(args.seeds):
+        record, shown, ids = compare(seed, args.steps, args.finetune_steps)
+        records.append(record)
+        keep_record(RECORDS, record, "seed")
+        if number == 0:
+            draw(shown, ids).savefig(ROOT / "docs" / "spotlight.png", dpi=80, facecolor="white")
+    print(table(records))
+    for claim in claims(records):
+        print(f"{'holds' if claim.holds else 'FAILS':6} {claim.says}: {claim.found}")
+    write_table("spotlight", table(read_records(RECORDS)))
+
+
+if __name__ == "__main__":
+    main()
