@@ -222,7 +222,7 @@ def train(plan: Plan, kind: str, rate: float, seed: int, rows: torch.Tensor, fol
         sweep.bar.update(int(last.rsplit("-", 1)[1]) * sweep.tokens)
     trainer.train(resume_from_checkpoint=last)
     curve = [(log["step"], float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
-    finished = trainer.state.global_step == plan.steps or not math.isfinite(curve[-1][1])
+    finished = trainer.state.global_step == plan.steps or not all(math.isfinite(loss) for _, loss in curve)
     return (model if finished else None), curve
 
 
