@@ -72,8 +72,9 @@ class WithAddedPath(LlamaAttention):
 
 def make(kind: str, attention: str) -> PreTrainedModel:
     """
-    A model of one layer whose MLP adds exactly nothing, being zero at its end and not trained. If its attention is to
-    be `"even"`, so are its queries and keys: every token looks at all so far alike.
+    A model of one layer whose MLP adds exactly nothing, being zero at its end and not trained. With `"even"` attention
+    queries and keys are zero too, so that every token looks at all so far alike, and the last norm is left out: without
+    gates the logits are then exactly a sum of what the question and what the paint give.
     """
     if kind in ("headwise", "elementwise"):
         model = GatedLlamaForCausalLM(GatedLlamaConfig(**SHAPE, gate_type=kind, gate_scale=1.0, gate_init="normal"))
@@ -93,15 +94,16 @@ def make(kind: str, attention: str) -> PreTrainedModel:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             nn.init.zeros_(projection.weight)
             projection.requires_grad_(False)
+        model.model.norm = nn.Identity()
     return model
 
 
 def paint_alone() -> tuple[float, float]:
     """
-    Loss and accuracy of who knows the paint and not the question. With even attention no linear model has a lower loss,
-    but for what the last RMSNorm adds, one positive factor for all logits of a window: its logits are a sum, of the
-    question's and the paint's; the loss is convex in both, and the task does not change when the values are renamed, so
-    that averaging over all names lowers the loss, and leaves a question that favours no value.
+    Loss and accuracy of who knows the paint and not the question. With even attention no model without gates can have a
+    lower loss: its logits are a sum of the question's and the paint's; the loss is convex in both, and the task stays
+    the same when values are renamed, so that averaging over all names lowers it, and leaves a question that favours no
+    value.
     """
     features = windows()[:, 3].view(PAINTS, FEATURES) - ANSWER
     shares = functional.one_hot(features, VALUES).float().mean(1)  # (PAINTS, VALUES)
@@ -171,7 +173,7 @@ def claims(records: list[dict]) -> list[Claim]:
         found.append(Claim(f"{attention}: nothing linear does", f"{most:.1%} at most", most < 0.95))
         if attention == "even":
             says = f"even: what is linear is no better than without the question, {bound:.3f}"
-            found.append(Claim(says, f"loss {least:.3f} at least", least > 0.95 * bound))
+            found.append(Claim(says, f"loss {least:.3f} at least", least > bound - 1e-3))
     return found
 
 
@@ -212,11 +214,17 @@ def draw(records: list[dict], gates: torch.Tensor) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--steps", type=int, default=1000, help="of training (default: 1000)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=1000,
+        help="with even attention; with learned attention twice as many (default: 1000)",
+    )
     args = parser.parse_args()
     records, shown = [], None
     for attention, kind, seed in itertools.product(ATTENTION, KINDS, args.seeds):
-        record, gates = run(kind, attention, seed, args.steps)
+        steps = args.steps if attention == "even" else 2 * args.steps
+        record, gates = run(kind, attention, seed, steps)
         records.append(record)
         keep_record(RECORDS, record, "kind", "attention", "seed")
         shown = gates if shown is None else shown

@@ -49,6 +49,7 @@ from modeling_gated import GatedLlamaForCausalLM
 RECORDS = RESULTS / "pretrain.jsonl"
 KINDS = ("ungated", "headwise", "elementwise")
 RATES = [1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2]
+SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
 BPE_DOCUMENTS = 400
 HELD_OUT = 20  # one document of so many is not trained on
 # Written down before anything was run. A rate trains a kind of model if the validation loss of its worst seed is at
@@ -111,12 +112,10 @@ class Plan:
 def documents(wanted: int) -> list[str]:
     """The standard library and what is installed, sources and documents in a fixed order, each once: `wanted` bytes."""
     folders = {Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib", "platlib")}
-    paths = sorted(
-        {p for folder in folders for end in ("py", "pyi", "rst", "md", "txt") for p in folder.rglob(f"*.{end}")}
-    )
+    paths = sorted({path for folder in folders for path in folder.rglob("*.*") if path.suffix in SUFFIXES})
     random.Random(0).shuffle(paths)
     texts, seen, size = [], set(), 0
-    for path in paths:
+    for path in filter(Path.is_file, paths):
         text = path.read_text(encoding="utf-8", errors="replace")
         digest = hashlib.sha256(text.encode(errors="replace")).digest()
         if len(text) > 200 and digest not in seen:

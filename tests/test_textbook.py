@@ -2,8 +2,10 @@
 """The tasks of the benchmarks are what they say, their controls are linear, and their verdicts can fail."""
 
 import copy
+import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,7 +94,7 @@ def output_parts(kind: str, attention: str) -> float:
     layer = model.model.layers[0]
     for parameter in layer.self_attn.parameters():
         if parameter.abs().sum() > 0:  # not the queries and keys of even attention
-            parameter.copy_(torch.randn(parameter.shape))
+            parameter.copy_(0.4 * torch.randn(parameter.shape))
     outputs = []
     layer.self_attn.register_forward_hook(lambda module, inputs, output: outputs.append(output[0][:, -1]))
     mlp = []
@@ -218,7 +220,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_text_is_made_into_windows():
+def test_text_is_made_into_windows(monkeypatch):
+    folder = Path(json.__file__).parent.parent / "email"
+    monkeypatch.setattr(
+        pretrain.sysconfig, "get_paths", lambda: dict.fromkeys(("stdlib", "purelib", "platlib"), folder)
+    )
     texts = pretrain.documents(60_000)
     assert sum(map(len, texts)) >= 60_000 and len(set(texts)) == len(texts) and texts == pretrain.documents(60_000)
     tokenizer = pretrain.make_tokenizer(texts, 400)
