@@ -7,7 +7,7 @@ its vocabulary is made of it. Writes a table for people and one JSON line a run 
 Runs that are done, and the one that was stopped, are kept in --work: the same command goes on from there.
 
     python benchmarks/pretrain.py
-    python benchmarks/pretrain.py --width 512 --layers 8 --tokens 5e8 --rates 1e-3 2e-3 4e-3 8e-3 --device cuda
+    python benchmarks/pretrain.py --width 512 --layers 10 --tokens 5e8 --rates 1e-3 2e-3 4e-3 8e-3 --device cuda
 """
 
 import argparse

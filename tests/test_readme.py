@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import engines
+import paint_mixer
+import pretrain
+import spotlight
 from gated_llama.scripts.cli import main
 from hub import local_hub
+from measured import read_records, table_in_readme
 from tiny import published, source_model
 
 
@@ -65,9 +69,19 @@ def test_load_finetune_look(tmp_path, monkeypatch, capsys):
     assert "GateStatistics(" in capsys.readouterr().out
 
 
-def test_the_table_of_engines_is_that_of_the_records():
-    assert engines.TABLE.search(README)[0] == engines.table()
+def test_tables_are_those_of_the_records():
+    assert table_in_readme("engines").search(README)[0] == engines.table()
     assert engines.table().count("\n") == len(engines.read()) + 2
+    for name, module in (("spotlight", spotlight), ("paint mixer", paint_mixer), ("pretrain", pretrain)):
+        records = read_records(module.RECORDS)
+        assert records and table_in_readme(name).search(README)[0] == module.table(records)
+
+
+def test_what_the_textbook_tasks_are_to_show_holds_in_the_records():
+    for module in (spotlight, paint_mixer):
+        records = read_records(module.RECORDS)
+        assert len({record["seed"] for record in records}) >= 3
+        assert [claim for claim in module.claims(records) if not claim.holds] == []
 
 
 def test_readme_names_what_exists():
