@@ -3,9 +3,9 @@
 The spotlight that cannot be switched off: softmax makes a head that has nothing to look at look somewhere all the same.
 
 In the task, bigram text in which a trigger token is followed by what stood before it, attention is needed at triggers
-and nowhere else. One layer with one head learns it without a gate, with a gate, and without one that is then converted
-and plainly fine-tuned; what is measured is where the queries of the other tokens look, and what the gates let through.
-Writes a table for people, a figure to docs/ and one JSON line a seed to benchmarks/results/.
+and nowhere else. One layer with one head learns it without a gate and with one; the first is converted and plainly
+fine-tuned, at three rates. What is measured is where the queries of the other tokens look, and what the gates let
+through. Writes a table for people, a figure to docs/ and one JSON line a seed to benchmarks/results/.
 
     python benchmarks/spotlight.py [--seeds 0 1 2] [--steps 2000] [--finetune-steps 500]
 """
@@ -31,9 +31,12 @@ from training import train
 RECORDS = RESULTS / "spotlight.jsonl"
 BOS, TRIGGERS, VOCAB, LENGTH = 0, (1, 2, 3), 64, 64
 TRIGGER_SHARE = 0.1  # how often a trigger follows a token that is not one
-RATE, FINETUNE_RATE, BATCH, POOL = 3e-3, 1e-4, 64, 2**14
+RATE, BATCH, POOL = 3e-3, 64, 2**14
+FINETUNE_RATES = (1e-4, 1e-3, 3e-3)  # of the weights, from a usual one to that of training; gates have 50 times as much
+SHOWN = 24  # tokens of a window that are drawn
 SINK = 0.3  # the attention that makes a head a sink (Gu et al., arXiv 2410.10781)
-MODELS = ("ungated", "gated from scratch", "converted", "converted, fine-tuned")
+TUNED = {f"converted, fine-tuned at {rate:g}": rate for rate in FINETUNE_RATES}
+MODELS = ("ungated", "gated from scratch", "converted", *TUNED)
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -119,6 +122,8 @@ def compare(seed: int, steps: int, finetune_steps: int) -> tuple[dict, dict[str,
     """
     language = Language.made(seed)
     pool, held_out = language.windows(POOL, 2 * seed + 1), language.windows(512, 2 * seed + 2)
+    # The window that is drawn, the first, has the most triggers.
+    held_out = held_out[is_trigger(held_out[:, :SHOWN]).sum(1).argsort(descending=True)]
     set_seed(seed)
     base = LlamaForCausalLM(LlamaConfig(**SHAPE))
     scratch = GatedLlamaForCausalLM(GatedLlamaConfig(**SHAPE, gate_scale=1.0, gate_init="normal"))
@@ -135,9 +140,10 @@ def compare(seed: int, steps: int, finetune_steps: int) -> tuple[dict, dict[str,
     with tempfile.TemporaryDirectory() as folder:
         base.save_pretrained(f"{folder}/base")
         convert_checkpoint(f"{folder}/base", f"{folder}/gated", progress=False)
-        converted = AutoModelForCausalLM.from_pretrained(f"{folder}/gated")
-    trained("converted", converted, 0, 0.0)
-    trained("converted, fine-tuned", converted, finetune_steps, FINETUNE_RATE, GATE_RATE * FINETUNE_RATE)
+        trained("converted", AutoModelForCausalLM.from_pretrained(f"{folder}/gated"), 0, 0.0)
+        for name, rate in TUNED.items():
+            model = AutoModelForCausalLM.from_pretrained(f"{folder}/gated")
+            trained(name, model, finetune_steps, rate, GATE_RATE * rate)
     evenly = torch.arange(1, LENGTH + 1).reciprocal()[None].expand(len(held_out), -1)
     idle = ~is_trigger(held_out[:, 1:])
     record = {
@@ -166,12 +172,13 @@ def claims(records: list[dict]) -> list[Claim]:
     sinks = [model["ungated"]["first"] for model in models]
     ratios = [model["gated from scratch"]["first"] / sink for model, sink in zip(models, sinks, strict=True)]
     gates = [model["gated from scratch"]["gate_trigger"] / model["gated from scratch"]["gate_idle"] for model in models]
-    left = [model["converted, fine-tuned"]["first"] / sink for model, sink in zip(models, sinks, strict=True)]
+    usual = next(iter(TUNED))
+    left = [model[usual]["first"] / sink for model, sink in zip(models, sinks, strict=True)]
     return [
         Claim(f"ungated: idle queries are a sink, ≥ {SINK}", f"{min(sinks):.3f} at least", min(sinks) >= SINK),
         Claim("gated from scratch: ≤ .25 of that", f"{max(ratios):.2f} at most", max(ratios) <= 0.25),
         Claim("… gates of triggers ≥ 5 × those of idle tokens", f"{min(gates):.1f} × at least", min(gates) >= 5),
-        Claim("plain fine-tuning leaves ≥ .75 of the sink", f"{min(left):.2f} at least", min(left) >= 0.75),
+        Claim(f"{usual}: ≥ .75 of the sink is left", f"{min(left):.2f} at least", min(left) >= 0.75),
     ]
 
 
@@ -193,11 +200,11 @@ def table(records: list[dict]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def draw(shown: dict[str, tuple], ids: torch.Tensor, tokens: int = 24) -> Figure:
-    """For three models the attention of one window, rows of triggers marked, and its gates."""
-    names = ("ungated", "gated from scratch", "converted, fine-tuned")
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    axes = figure.subplots(2, 3, height_ratios=(3, 1), sharex=True)
+def draw(shown: dict[str, tuple], ids: torch.Tensor, tokens: int = SHOWN) -> Figure:
+    """For four models the attention of one window, rows of triggers marked, and its gates."""
+    names = ("ungated", "gated from scratch", *TUNED)[:3] + tuple(TUNED)[-1:]
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    axes = figure.subplots(2, len(names), height_ratios=(3, 1), sharex=True)
     triggers = is_trigger(ids[:tokens])
     for column, name in enumerate(names):
         attention, gates = shown[name]

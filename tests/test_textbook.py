@@ -38,7 +38,7 @@ def spotlight_record() -> dict:
     def found(first: float, *gates: float) -> dict:
         return {"first": first, **dict(zip(("gate_idle", "gate_trigger"), gates, strict=False))}
 
-    models = {"ungated": found(0.6), "gated from scratch": found(0.1, 0.02, 0.2), "converted, fine-tuned": found(0.6)}
+    models = {"ungated": found(0.6), "gated from scratch": found(0.1, 0.02, 0.2), spotlight.MODELS[3]: found(0.6)}
     return {"models": models}
 
 
@@ -48,7 +48,7 @@ def spotlight_record() -> dict:
         ("ungated", "first", 0.29, 0),
         ("gated from scratch", "first", 0.2, 1),
         ("gated from scratch", "gate_idle", 0.1, 2),
-        ("converted, fine-tuned", "first", 0.3, 3),
+        (spotlight.MODELS[3], "first", 0.3, 3),
     ],
 )
 def test_one_seed_can_break_a_claim_of_the_spotlight(model, name, value, fails):
