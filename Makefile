@@ -5,7 +5,7 @@ PYTEST = env OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py tests/test_publish.py
 
-.PHONY: demo test test-newest test-oldest style bench check-big check-gpu check-parallel \
+.PHONY: demo test test-newest test-oldest style bench textbook pretrain check-big check-gpu check-parallel \
 	check-quantized-cache check-real-shapes check-finetune check-distributed check-report check-vllm check-quantized check-serve
 
 demo: .venv/installed
@@ -27,6 +27,14 @@ style: .venv/installed
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench_convert.py
 	.venv/bin/python benchmarks/bench_measure.py
+
+# Two tasks that show what a gate is for, then a small pre-training sweep: minutes on one core each.
+textbook: .venv/installed
+	.venv/bin/python benchmarks/spotlight.py
+	.venv/bin/python benchmarks/paint_mixer.py
+
+pretrain: .venv/installed
+	.venv/bin/python benchmarks/pretrain.py
 
 # Slow, or in need of more than a bare machine: run by hand, with the outcome in LOG.md.
 check-real-shapes: .venv/installed

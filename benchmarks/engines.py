@@ -1,28 +1,22 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What was run on which engine, and the README's table of it: `python benchmarks/engines.py` writes the table anew."""
 
-import json
-import re
 from itertools import combinations
-from pathlib import Path
 
-from measured import circumstances
+from measured import RESULTS, circumstances, keep_record, read_records, write_table
 
 
-ROOT = Path(__file__).parent.parent
-RECORDS = ROOT / "benchmarks" / "results" / "engines.jsonl"
-TABLE = re.compile(r"(?<=<!-- engines -->\n).*?(?=<!-- /engines -->)", re.DOTALL)
+RECORDS = RESULTS / "engines.jsonl"
 
 
 def record(engine: str, run: str, result: str, *packages: str) -> None:
     """Keep a result, in place of an older one of the same run, with the versions of `packages`."""
     line = {"engine": engine, "run": run, "result": result, **circumstances(*packages)}
-    lines = [old for old in read() if (old["engine"], old["run"]) != (engine, run)] + [line]
-    RECORDS.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    keep_record(RECORDS, line, "engine", "run")
 
 
 def read() -> list[dict]:
-    return [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()] if RECORDS.exists() else []
+    return read_records(RECORDS)
 
 
 def table() -> str:
@@ -47,5 +41,4 @@ def merged(runs: list[list[set[str]]]) -> list[list[set[str]]]:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(TABLE.sub(lambda match: table(), readme.read_text(encoding="utf-8")), encoding="utf-8")
+    write_table("engines", table())

@@ -8,8 +8,12 @@ from itertools import product
 from pathlib import Path
 
 import engines
+import paint_mixer
+import pretrain
+import spotlight
 from gated_llama.scripts.cli import main
 from hub import local_hub
+from measured import read_records, table_in_readme
 from tiny import published, source_model
 
 
@@ -66,14 +70,27 @@ def test_load_finetune_look(tmp_path, monkeypatch, capsys):
     assert "GateStatistics(" in capsys.readouterr().out
 
 
-def test_the_table_of_engines_is_that_of_the_records():
-    assert engines.TABLE.search(README)[0] == engines.table()
+def test_the_table_of_engines_tells_every_run_and_no_other():
     told = []
     for row in engines.table().splitlines()[2:]:
         engine, parts, result = row.strip("| ").split(" | ")
         runs = product(*(part.split(" / ") for part in parts.split("; ")))
         told += [(engine, "; ".join(run), result) for run in runs]
     assert sorted(told) == sorted((line["engine"], line["run"], line["result"]) for line in engines.read())
+
+
+def test_tables_are_those_of_the_records():
+    assert table_in_readme("engines").search(README)[0] == engines.table()
+    for name, module in (("spotlight", spotlight), ("paint mixer", paint_mixer), ("pretrain", pretrain)):
+        records = read_records(module.RECORDS)
+        assert records and table_in_readme(name).search(README)[0] == module.table(records)
+
+
+def test_what_the_textbook_tasks_are_to_show_holds_in_the_records():
+    for module in (spotlight, paint_mixer):
+        records = read_records(module.RECORDS)
+        assert len({record["seed"] for record in records}) >= 3
+        assert [claim for claim in module.claims(records) if not claim.holds] == []
 
 
 def test_readme_names_what_exists():
