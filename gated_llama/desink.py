@@ -70,8 +70,8 @@ def desink(
 ) -> list[HeadFit]:
     """
     Edit `model` in place, a layer at a time, each on what the edited ones before it put out: the first token's key no
-    longer attracts, by a rank-one edit of `k_proj`, and `attn_gate` does what the sink did. Takes no gradient; a forward
-    or two of `windows` a layer. Key heads without a sink, or whose gates would not fit, stay as they are to the bit.
+    longer attracts, by a rank-one edit of `k_proj`, and `attn_gate` does what the sink did. It takes no gradient, and
+    two forwards of `windows` a layer. Key heads without a sink, or whose gates would not fit, stay as they are.
 
     Args:
         windows: token ids (B, T) without padding, each beginning as texts do; many more tokens than `hidden_size`.
