@@ -1,9 +1,10 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What the benchmarks share: time and peak memory, their summary, and the circumstances of a record."""
+"""What the benchmarks share: time and peak memory, their summary, records and their circumstances, README tables."""
 
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -11,6 +12,10 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
 
 # A process begins with the peak of the one that forked it, so a small one must do the forking.
 LAUNCHER = """
@@ -58,3 +63,24 @@ def circumstances(*packages: str) -> dict:
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def read_records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def keep_record(path: Path, record: dict, *keys: str) -> None:
+    """Add a line to the records of `path`, in place of an older one that has the same values at `keys`."""
+    lines = [old for old in read_records(path) if any(old[key] != record[key] for key in keys)] + [record]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def table_in_readme(name: str) -> re.Pattern:
+    """What stands in the README between `<!-- name -->` and `<!-- /name -->`."""
+    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+
+
+def write_table(name: str, table: str) -> None:
+    README.write_text(
+        table_in_readme(name).sub(lambda match: table, README.read_text(encoding="utf-8")), encoding="utf-8"
+    )

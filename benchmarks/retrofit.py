@@ -11,9 +11,7 @@ is not run again); `--write` makes the README's table and docs/retrofit.png of t
 
 import argparse
 import copy
-import json
 import random
-import re
 import statistics
 import sys
 import sysconfig
@@ -21,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,13 +32,11 @@ from gated_llama.attention import watched
 from gated_llama.desink import Desink, desink
 from gated_llama.diagnose import decoder_layers
 from gated_llama.gates import gate_modules, gate_parameters
-from measured import circumstances
+from measured import RESULTS, ROOT, circumstances, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
 
 
-ROOT = Path(__file__).parent.parent
-RECORDS = ROOT / "benchmarks" / "results" / "retrofit.jsonl"
-TABLE = re.compile(r"(?<=<!-- retrofit -->\n).*?(?=<!-- /retrofit -->)", re.DOTALL)
+RECORDS, FIGURE = RESULTS / "retrofit.jsonl", ROOT / "docs" / "retrofit.png"
 LETTERS = 56  # the most frequent characters of Python sources
 WINDOWS = {"calibration": (256, 10**9), "evaluation": (256, 10**9 + 1), "curve": (64, 10**9 + 2)}  # how many, seed
 
@@ -57,12 +54,16 @@ class Task:
     batch: int
     steps: int
     lr: float
+    inner: int | None = None  # width of the MLP; 8/3 · width if None
     kinds: int = 0  # of triggers
     qk_norm: bool = False
     gate_type: str = "headwise"
 
 
-TOY = Task("triggers", layers=1, width=32, heads=1, key_heads=1, length=64, batch=64, steps=9000, lr=3e-3, kinds=1)
+# With a wide MLP the toy has no sink (.02): the MLP learns to take away what an idle head adds.
+TOY = Task(
+    "triggers", layers=1, width=32, heads=1, key_heads=1, length=64, batch=64, steps=3000, lr=3e-3, inner=8, kinds=1
+)
 DEEP = Task("triggers", layers=3, width=64, heads=4, key_heads=2, length=64, batch=32, steps=2000, lr=1e-2, kinds=4)
 TASKS = {
     "toy": TOY,
@@ -76,34 +77,39 @@ TASKS = {
 @dataclass(frozen=True)
 class Recipe:
     edit: str = ""  # "sink": key and gates; "key": the key alone; "zero": as "sink", with a zero key
-    steps: bool = True  # of training, or none
+    tokens: int = 1  # times those that recipes are given; 0: no training
     gates: bool = True  # trained, or frozen as they are
     teacher: bool = False  # the KL divergence from the base, a frozen second copy, in place of the loss on the text
     penalty: str = ""  # "outliers" or "attention"
     lora: bool = False
 
 
+BASE = "base"
 REFERENCE = "plain, gates frozen open (no gates)"
 RECIPES = {
     REFERENCE: Recipe(gates=False),
     "plain, gates trained": Recipe(),
+    "plain, gates trained, 10 times the tokens": Recipe(tokens=10),
     "LoRA, gates trained": Recipe(lora=True),
-    "sink moved, zero key": Recipe("zero", steps=False),
-    "key edited alone": Recipe("key", steps=False),
-    "sink moved": Recipe("sink", steps=False),
+    "sink moved, zero key": Recipe("zero", tokens=0),
+    "key edited alone": Recipe("key", tokens=0),
+    "sink moved": Recipe("sink", tokens=0),
     "key edited alone, healed, gates frozen open": Recipe("key", gates=False),
     "key edited alone, healed": Recipe("key"),
     "sink moved, healed": Recipe("sink"),
     "sink moved, healed by LoRA": Recipe("sink", lora=True),
+    "sink moved, healed, attention penalty": Recipe("sink", penalty="attention"),
     "sink moved, healed, outlier penalty": Recipe("sink", penalty="outliers"),
     "KL, outlier penalty, gates frozen open": Recipe(teacher=True, penalty="outliers", gates=False),
     "KL, outlier penalty": Recipe(teacher=True, penalty="outliers"),
     "attention penalty, gates frozen open": Recipe(penalty="attention", gates=False),
     "attention penalty": Recipe(penalty="attention"),
 }
+DRAWN = ("plain, gates trained", "key edited alone, healed", "sink moved, healed", "attention penalty")
+DRAWN += ("sink moved, healed, attention penalty",)
 HEAL_SHARE = 0.02  # of the base's steps
-HEAL_RATE = 0.1  # of the base's learning rate; that of the gates is 50 times as large
-PENALTY = {"outliers": 1e-2, "attention": 1.0}
+HEAL_RATE = 0.02  # of the base's learning rate; that of the gates is 50 times as large
+PENALTY = {"outliers": 1.0, "attention": 1.0}  # their weights
 
 
 class Tokenizer:
@@ -115,12 +121,18 @@ class Tokenizer:
         return f"t{ids[0]}"
 
 
-def python_sources(limit: int) -> Iterator[str]:
-    """Sources under sys.prefix and of the standard library, the same choice every time, up to `limit` characters."""
+@cache
+def python_files() -> list[Path]:
+    """The standard library's and those of installed packages, in an order that stays the same while they do."""
     folders = {Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")}
     paths = sorted({path for folder in folders for path in folder.rglob("*.py")})
     random.Random(0).shuffle(paths)
-    for path in paths:
+    return paths
+
+
+def python_sources(limit: int) -> Iterator[str]:
+    """Their texts, up to `limit` characters."""
+    for path in python_files():
         text = path.read_text(encoding="utf-8", errors="replace")
         yield text
         limit -= len(text)
@@ -199,7 +211,7 @@ def build(task: Task, vocab: int, seed: int) -> GatedLlamaForCausalLM:
     config = GatedLlamaConfig(
         vocab_size=vocab,
         hidden_size=task.width,
-        intermediate_size=task.width * 8 // 3,
+        intermediate_size=task.inner or task.width * 8 // 3,
         num_hidden_layers=task.layers,
         num_attention_heads=task.heads,
         num_key_value_heads=task.key_heads,
@@ -376,7 +388,7 @@ def retrofit(base: nn.Module, name: str, recipe: Recipe, task: Task, data: Trigg
     if recipe.edit == "key":
         open_gates(model)
     curve.append((0, *glance(model, data, windows)))
-    if not recipe.steps:
+    if not recipe.tokens:
         return model, curve
     for key, parameter in model.named_parameters():
         parameter.requires_grad = recipe.gates or ".attn_gate." not in key
@@ -387,7 +399,7 @@ def retrofit(base: nn.Module, name: str, recipe: Recipe, task: Task, data: Trigg
 
         torch.manual_seed(seed)
         model = get_peft_model(model, gated_lora_config(r=8, mlp=True))
-    steps = heal_steps(task)
+    steps = recipe.tokens * heal_steps(task)
     lr = HEAL_RATE * task.lr
     optimizer, schedule = make_optimizer(model, 10 * lr if recipe.lora else lr, steps, max(1, steps // 10), 50 * lr)
     with ExitStack() as stack:
@@ -408,14 +420,6 @@ def open_gates(model: nn.Module) -> None:
             gate.proj.bias.zero_()
 
 
-def read() -> list[dict]:
-    return [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()] if RECORDS.exists() else []
-
-
-def key_of(record: dict) -> tuple:
-    return record["task"], record["seed"], record["recipe"], json.dumps(record["config"], sort_keys=True)
-
-
 def run(args: argparse.Namespace) -> None:
     sizes = ("layers", "width", "heads", "length", "batch", "steps")
     task = replace(TASKS[args.task], **{size: getattr(args, size) for size in sizes if getattr(args, size)})
@@ -423,24 +427,88 @@ def run(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     config = {**asdict(task), "heal_steps": heal_steps(task), "heal_rate": HEAL_RATE, "penalty": PENALTY}
     for seed in args.seeds:
-        done = {key_of(record) for record in read()}
-        asked = ["base", *args.recipes]
-        entries = [{"task": args.task, "seed": seed, "recipe": name, "config": config} for name in asked]
-        entries = [entry for entry in entries if key_of(entry) not in done]
+        entries = [
+            {"task": args.task, "seed": seed, "recipe": name, "config": config} for name in (BASE, *args.recipes)
+        ]
+        done = [{key: record[key] for key in entries[0]} for record in read_records(RECORDS)]
+        entries = [entry for entry in entries if entry not in done]
         if not entries:
             continue
         base, curve = train_base(args.task, task, data, seed, args.device, args.work)
         for entry in entries:
             name, model = entry["recipe"], base
-            if name != "base":
+            if name != BASE:
                 model, curve = retrofit(base, name, RECIPES[name], task, data, seed)
             if args.device == "cuda":
                 entry["gpu"] = torch.cuda.get_device_name()
             entry |= {"measured": look(model, data), "curve": curve, **circumstances()}
-            with open(RECORDS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            keep_record(RECORDS, entry, "task", "seed", "recipe")
             shown = ", ".join(f"{what} {value:.4g}" for what, value in entry["measured"].items())
             print(f"{args.task}, seed {seed}, {name}: {shown}", flush=True)
+
+
+def compared(task: str) -> dict[str, dict[str, list[float]]]:
+    """By recipe what is compared, a number a seed: ratios to the base, and to training it without gates."""
+    records = [record for record in read_records(RECORDS) if record["task"] == task]
+    found = {(record["seed"], record["recipe"]): record["measured"] for record in records}
+    rows: dict[str, dict[str, list[float]]] = {}
+    for (seed, recipe), now in sorted(found.items()):
+        if (seed, BASE) not in found or (seed, REFERENCE) not in found:
+            continue
+        base, reference = found[seed, BASE], found[seed, REFERENCE]
+        values = {
+            "attention": now["first-token attention, idle queries"],
+            "attention ratio": now["first-token attention"] / base["first-token attention"],
+            "activation ratio": now["largest activation"] / base["largest activation"],
+            "loss": 100 * (now["loss"] / reference["loss"] - 1),
+            "loss, gates open": 100 * (now["loss, gates reset to open"] / reference["loss"] - 1),
+            "quantized": now["W8A8 loss penalty"],
+        }
+        for what, value in values.items():
+            rows.setdefault(recipe, {}).setdefault(what, []).append(value)
+    return {name: rows[name] for name in (BASE, *RECIPES) if name in rows}
+
+
+def table(task: str = "deep") -> str:
+    def shown(values: list[float], form: str) -> str:
+        low, middle, high = (format(f(values), form) for f in (min, statistics.median, max))
+        return middle if low == high else f"{middle} ({low} to {high})"
+
+    lines = [
+        "| | first-token attention, after / before | largest activation, after / before | loss, against training "
+        "without gates | … with the gates reset to open | W8A8 loss penalty, nats |",
+        "|---|---|---|---|---|---|",
+        "| *goal* | *≤ 0.25* | *≤ 0.1* | *≤ +0.5 %* | *much more* | *≤ 0.25 of the base's* |",
+    ]
+    for name, row in compared(task).items():
+        losses = [shown(row[what], "+.2f") + " %" for what in ("loss", "loss, gates open")]
+        ratios = [shown(row[what], ".2f") for what in ("attention ratio", "activation ratio")]
+        lines.append(f"| {' | '.join([name, *ratios, *losses, shown(row['quantized'], '.3f')])} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, task: str = "deep") -> None:
+    """Where idle queries look while each recipe is trained, and what is left in the end against its cost in loss."""
+    from matplotlib.figure import Figure
+
+    records = [record for record in read_records(RECORDS) if record["task"] == task and record["recipe"] != BASE]
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    course, cost = figure.subplots(1, 2)
+    for number, (name, row) in enumerate(compared(task).items()):
+        style = {"color": f"C{number % 10}", "marker": "osv^"[number // 10]}
+        cost.scatter(row["loss"], row["attention"], label=name, **style)
+        curves = [record["curve"] for record in records if record["recipe"] == name and record["recipe"] in DRAWN]
+        for seed, curve in enumerate(curves):
+            steps, _, given = zip(*curve, strict=True)
+            course.plot(steps, given, label=None if seed else name, alpha=0.8, **style)
+    course.set(title="while healing", xlabel="step", ylabel="attention of idle queries on the first token", ylim=(0, 1))
+    cost.set(title="in the end", xlabel="loss against training without gates, %", ylim=(0, 1))
+    cost.set_xscale("symlog", linthresh=0.5)
+    cost.axvline(0.5, color="grey", linewidth=0.8)
+    course.legend(fontsize=7)
+    cost.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -454,7 +522,10 @@ def main() -> None:
         parser.add_argument(f"--{size}", type=int, help="of the base (default: as the task has it)")
     parser.add_argument("--write", action="store_true", help="run nothing: write table and figure from the records")
     args = parser.parse_args()
-    if not args.write:
+    if args.write:
+        write_table("retrofit", table())
+        draw(FIGURE)
+    else:
         run(args)
 
 
