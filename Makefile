@@ -28,6 +28,12 @@ bench: .venv/installed
 	.venv/bin/python benchmarks/bench_convert.py
 	.venv/bin/python benchmarks/bench_measure.py
 
+# Converted models and their sinks: an hour or so on one core.
+.PHONY: retrofit
+retrofit: .venv/installed
+	.venv/bin/python benchmarks/retrofit.py
+	.venv/bin/python benchmarks/retrofit.py --write
+
 # Slow, or in need of more than a bare machine: run by hand, with the outcome in LOG.md.
 check-real-shapes: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_real_shapes.py

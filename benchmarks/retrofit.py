@@ -420,12 +420,16 @@ def open_gates(model: nn.Module) -> None:
             gate.proj.bias.zero_()
 
 
+def config_of(task: Task) -> dict:
+    return {**asdict(task), "heal_steps": heal_steps(task), "heal_rate": HEAL_RATE, "penalty": PENALTY}
+
+
 def run(args: argparse.Namespace) -> None:
     sizes = ("layers", "width", "heads", "length", "batch", "steps")
     task = replace(TASKS[args.task], **{size: getattr(args, size) for size in sizes if getattr(args, size)})
     data = Triggers(task) if task.data == "triggers" else Python(task)
     args.work.mkdir(parents=True, exist_ok=True)
-    config = {**asdict(task), "heal_steps": heal_steps(task), "heal_rate": HEAL_RATE, "penalty": PENALTY}
+    config = config_of(task)
     for seed in args.seeds:
         entries = [
             {"task": args.task, "seed": seed, "recipe": name, "config": config} for name in (BASE, *args.recipes)
@@ -442,14 +446,19 @@ def run(args: argparse.Namespace) -> None:
             if args.device == "cuda":
                 entry["gpu"] = torch.cuda.get_device_name()
             entry |= {"measured": look(model, data), "curve": curve, **circumstances()}
-            keep_record(RECORDS, entry, "task", "seed", "recipe")
+            keep_record(RECORDS, entry, "task", "config", "seed", "recipe")
             shown = ", ".join(f"{what} {value:.4g}" for what, value in entry["measured"].items())
             print(f"{args.task}, seed {seed}, {name}: {shown}", flush=True)
 
 
-def compared(task: str) -> dict[str, dict[str, list[float]]]:
+def records_of(name: str) -> list[dict]:
+    """Those of a task at the size that it has here."""
+    config = config_of(TASKS[name])
+    return [record for record in read_records(RECORDS) if record["task"] == name and record["config"] == config]
+
+
+def compared(records: list[dict]) -> dict[str, dict[str, list[float]]]:
     """By recipe what is compared, a number a seed: ratios to the base, and to training it without gates."""
-    records = [record for record in read_records(RECORDS) if record["task"] == task]
     found = {(record["seed"], record["recipe"]): record["measured"] for record in records}
     rows: dict[str, dict[str, list[float]]] = {}
     for (seed, recipe), now in sorted(found.items()):
@@ -469,7 +478,7 @@ def compared(task: str) -> dict[str, dict[str, list[float]]]:
     return {name: rows[name] for name in (BASE, *RECIPES) if name in rows}
 
 
-def table(task: str = "deep") -> str:
+def table(records: list[dict]) -> str:
     def shown(values: list[float], form: str) -> str:
         low, middle, high = (format(f(values), form) for f in (min, statistics.median, max))
         return middle if low == high else f"{middle} ({low} to {high})"
@@ -480,35 +489,40 @@ def table(task: str = "deep") -> str:
         "|---|---|---|---|---|---|",
         "| *goal* | *≤ 0.25* | *≤ 0.1* | *≤ +0.5 %* | *much more* | *≤ 0.25 of the base's* |",
     ]
-    for name, row in compared(task).items():
+    for name, row in compared(records).items():
         losses = [shown(row[what], "+.2f") + " %" for what in ("loss", "loss, gates open")]
         ratios = [shown(row[what], ".2f") for what in ("attention ratio", "activation ratio")]
         lines.append(f"| {' | '.join([name, *ratios, *losses, shown(row['quantized'], '.3f')])} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(path: Path, task: str = "deep") -> None:
-    """Where idle queries look while each recipe is trained, and what is left in the end against its cost in loss."""
+def draw(records: list[dict], path: Path) -> None:
+    """Where idle queries look while a recipe is trained; what is left of the sink in the end, and what that costs."""
     from matplotlib.figure import Figure
 
-    records = [record for record in read_records(RECORDS) if record["task"] == task and record["recipe"] != BASE]
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    course, cost = figure.subplots(1, 2)
-    for number, (name, row) in enumerate(compared(task).items()):
-        style = {"color": f"C{number % 10}", "marker": "osv^"[number // 10]}
-        cost.scatter(row["loss"], row["attention"], label=name, **style)
-        curves = [record["curve"] for record in records if record["recipe"] == name and record["recipe"] in DRAWN]
-        for seed, curve in enumerate(curves):
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    course, sink, loss = figure.subplots(1, 3, width_ratios=[5, 4, 4])
+    for number, name in enumerate(DRAWN):
+        for curve in (record["curve"] for record in records if record["recipe"] == name):
             steps, _, given = zip(*curve, strict=True)
-            course.plot(steps, given, label=None if seed else name, alpha=0.8, **style)
-    course.set(title="while healing", xlabel="step", ylabel="attention of idle queries on the first token", ylim=(0, 1))
-    cost.set(title="in the end", xlabel="loss against training without gates, %", ylim=(0, 1))
-    cost.set_xscale("symlog", linthresh=0.5)
-    cost.axvline(0.5, color="grey", linewidth=0.8)
-    course.legend(fontsize=7)
-    cost.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+            course.plot(steps, given, color=f"C{number}", marker=".", label=name)
+    labels = dict(zip(*reversed(course.get_legend_handles_labels()), strict=True))
+    course.legend(labels.values(), labels.keys(), fontsize=7)
+    course.set(title="idle queries' attention on the first token", xlabel="step", ylim=(0, 1))
+    rows = compared(records)
+    for place, row in enumerate(rows.values()):
+        sink.plot(row["attention ratio"], [place] * len(row["loss"]), "o", color="C0", alpha=0.6)
+        loss.plot(row["loss"], [place] * len(row["loss"]), "o", color="C0", alpha=0.6)
+    sink.set(title="first-token attention, after / before", xlim=(0, 1.1), yticks=range(len(rows)))
+    sink.set_yticklabels(rows, fontsize=7)
+    loss.set(title="loss against training without gates, %", xscale="symlog", yticks=[])
+    for axes, goal in ((sink, 0.25), (loss, 0.5)):
+        axes.axvline(goal, color="black", linewidth=0.8, linestyle=":", label="goal")
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend(fontsize=7)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -523,8 +537,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="run nothing: write table and figure from the records")
     args = parser.parse_args()
     if args.write:
-        write_table("retrofit", table())
-        draw(FIGURE)
+        write_table("retrofit", table(records_of("deep")))
+        draw(records_of("deep"), FIGURE)
     else:
         run(args)
 

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import engines
+import retrofit
 from gated_llama.scripts.cli import main
 from hub import local_hub
+from measured import table_in_readme
 from tiny import published, source_model
 
 
@@ -68,6 +70,14 @@ def test_load_finetune_look(tmp_path, monkeypatch, capsys):
 def test_the_table_of_engines_is_that_of_the_records():
     assert engines.TABLE.search(README)[0] == engines.table()
     assert engines.table().count("\n") == len(engines.read()) + 2
+
+
+def test_the_table_of_retrofits_is_that_of_the_records():
+    records = retrofit.records_of("deep")
+    assert {(record["seed"], record["recipe"]) for record in records} == {
+        (seed, recipe) for seed in (0, 1, 2) for recipe in (retrofit.BASE, *retrofit.RECIPES)
+    }
+    assert table_in_readme("retrofit").search(README)[0] == retrofit.table(records)
 
 
 def test_readme_names_what_exists():

@@ -35,10 +35,10 @@ def test_every_recipe_runs_and_is_kept_once(run, tmp_path):
             trained = recipe is not None and recipe.gates
             reset = measured["loss, gates reset to open"]
             assert trained == (measured["mean gate"] != 1) == (reset != pytest.approx(measured["loss"], abs=1e-7))
-    rows = retrofit.compared("deep")
+    rows = retrofit.compared(records)
     assert list(rows) == [retrofit.BASE, *retrofit.RECIPES] and rows[retrofit.REFERENCE]["loss"] == [0]
-    assert retrofit.table("deep").count("\n") == len(rows) + 3
-    retrofit.draw(tmp_path / "figure.png")
+    assert retrofit.table(records).count("\n") == len(rows) + 3
+    retrofit.draw(records, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
