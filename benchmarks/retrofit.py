@@ -45,7 +45,7 @@ WINDOWS = {"calibration": (256, 10**9), "evaluation": (256, 10**9 + 1), "curve":
 class Task:
     """What a base is and what it is trained on; its tokens are `steps` · `batch` · `length`."""
 
-    data: str  # "triggers" or "python"
+    data: str  # "triggers", "bare triggers" or "python"
     layers: int
     width: int
     heads: int
@@ -70,6 +70,7 @@ TASKS = {
     "deep": DEEP,
     "deep, QK norm": replace(DEEP, qk_norm=True),
     "deep, elementwise": replace(DEEP, gate_type="elementwise"),
+    "deep, no first token": replace(DEEP, data="bare triggers"),
     "python": Task("python", layers=8, width=512, heads=8, key_heads=4, length=512, batch=64, steps=20000, lr=3e-3),
 }
 
@@ -144,7 +145,7 @@ class Triggers:
     """
     Characters as a bigram model of Python sources makes them, behind a beginning-of-text token 0. One in ten is a
     trigger, 1 to `kinds`, and what follows a trigger k is the token k places before it. So no other token needs
-    anything from attention: its query is idle.
+    anything from attention: its query is idle. Bare, they begin with any character.
     """
 
     def __init__(self, task: Task):
@@ -153,6 +154,7 @@ class Triggers:
         letters = torch.tensor([number[character] for character in text if character in number])
         pairs = torch.full((LETTERS, LETTERS), 0.1)
         self.bigrams = pairs.index_put((letters[:-1], letters[1:]), torch.ones(len(letters) - 1), accumulate=True)
+        self.bare = task.data == "bare triggers"
         self.kinds, self.length, self.vocab = task.kinds, task.length, 1 + task.kinds + LETTERS
 
     def sample(self, count: int, seed: int) -> torch.Tensor:
@@ -160,6 +162,8 @@ class Triggers:
         random = torch.Generator().manual_seed(seed)
         first = 1 + self.kinds  # number of the first letter
         ids = torch.zeros(count, self.length, dtype=torch.long)
+        if self.bare:
+            ids[:, 0] = first + torch.randint(LETTERS, (count,), generator=random)
         letter = torch.randint(LETTERS, (count,), generator=random)
         ids[:, 1] = first + letter
         triggers = torch.rand(count, self.length, generator=random) < 0.1
@@ -427,7 +431,7 @@ def config_of(task: Task) -> dict:
 def run(args: argparse.Namespace) -> None:
     sizes = ("layers", "width", "heads", "length", "batch", "steps")
     task = replace(TASKS[args.task], **{size: getattr(args, size) for size in sizes if getattr(args, size)})
-    data = Triggers(task) if task.data == "triggers" else Python(task)
+    data = Python(task) if task.data == "python" else Triggers(task)
     args.work.mkdir(parents=True, exist_ok=True)
     config = config_of(task)
     for seed in args.seeds:

@@ -29,11 +29,11 @@ MARGIN = 2.0  # nats by which the first token's key is to be less attractive tha
 
 @dataclass(frozen=True)
 class HeadFit:
-    """What was found in a head, and whether its sink was moved. Means leave out the first token's own query."""
+    """What was found in a head, and whether its sink was moved. Means are over queries."""
 
     layer: int
     head: int
-    sink: float  # mean p₀ before
+    sink: float  # mean p₀ before, without the first token's own query
     sink_left: float  # … and after
     value_size: float  # |v₀| over the mean |v| of the other tokens
     r2: float  # of the regression of the gate's logits
@@ -53,7 +53,8 @@ class Desink:
         min_sink: mean p₀ from which on a head has a sink.
         max_error: the mean |gate − what it should be| up to which a gate fits. A key head is edited if one of its query
             heads has a sink and the gates of all of them fit.
-        ridge: of all regressions, as a share of the inputs' mean square.
+        ridge: of all regressions, as a share of the inputs' mean square. The smaller, the less other keys change, and
+            the larger the weights that the edit writes.
         batch_size: windows at once.
     """
 
