@@ -484,7 +484,7 @@ def compared(records: list[dict]) -> dict[str, dict[str, list[float]]]:
 
 def table(records: list[dict]) -> str:
     def shown(values: list[float], form: str) -> str:
-        low, middle, high = (format(f(values), form) for f in (min, statistics.median, max))
+        low, middle, high = (format(round(f(values), int(form[-2])) + 0.0, form) for f in (min, statistics.median, max))
         return middle if low == high else f"{middle} ({low} to {high})"
 
     lines = [
