@@ -103,8 +103,10 @@ RECIPES = {
     "sink moved, healed, outlier penalty": Recipe("sink", penalty="outliers"),
     "KL, outlier penalty, gates frozen open": Recipe(teacher=True, penalty="outliers", gates=False),
     "KL, outlier penalty": Recipe(teacher=True, penalty="outliers"),
+    "KL, outlier penalty, 10 times the tokens": Recipe(teacher=True, penalty="outliers", tokens=10),
     "attention penalty, gates frozen open": Recipe(penalty="attention", gates=False),
     "attention penalty": Recipe(penalty="attention"),
+    "attention penalty, 10 times the tokens": Recipe(penalty="attention", tokens=10),
 }
 DRAWN = ("plain, gates trained", "key edited alone, healed", "sink moved, healed", "attention penalty")
 DRAWN += ("sink moved, healed, attention penalty",)
