@@ -6,7 +6,7 @@ with its gates frozen is the ungated model. Keeps a record of each in benchmarks
 is not run again); `--write` makes the README's table and docs/retrofit.png of them.
 
     python benchmarks/retrofit.py [--task deep] [--seeds 0 1 2] [--recipes "plain, gates trained" …]
-    python benchmarks/retrofit.py --task python --device cuda [--layers 8] [--width 512] [--length 512] [--steps 20000]
+    python benchmarks/retrofit.py --task python --device cuda [--layers 8] [--width 640] [--length 512] [--steps 20000]
 """
 
 import argparse
@@ -71,7 +71,7 @@ TASKS = {
     "deep, QK norm": replace(DEEP, qk_norm=True),
     "deep, elementwise": replace(DEEP, gate_type="elementwise"),
     "deep, no first token": replace(DEEP, data="bare triggers"),
-    "python": Task("python", layers=8, width=512, heads=8, key_heads=4, length=512, batch=64, steps=20000, lr=3e-3),
+    "python": Task("python", layers=8, width=640, heads=8, key_heads=4, length=512, batch=64, steps=20000, lr=3e-3),
 }
 
 
@@ -234,15 +234,18 @@ def build(task: Task, vocab: int, seed: int) -> GatedLlamaForCausalLM:
 @torch.no_grad()
 def glance(model: nn.Module, data: Triggers | Python, windows: torch.Tensor) -> tuple[float, float]:
     """The loss, and the attention that idle queries give the first token."""
-    given, idle = [], data.idle(windows)
+    idle, given, losses = data.idle(windows), [], []
 
     def see(layer: int, start: int, first: int, weights: torch.Tensor, output: torch.Tensor) -> None:
-        part = idle[:, start : start + weights.shape[2]].to(weights.device)
-        given.append((weights[..., 0].mean(1)[part].sum() / idle.sum()).item())
+        asked = idle[rows, start : start + weights.shape[2]].to(weights.device)
+        given.append((weights[..., 0].mean(1) * asked).sum().item())
 
     with watched(model, see):
-        loss = model(windows.to(model.device), labels=windows.to(model.device), use_cache=False).loss.item()
-    return loss, sum(given) / model.config.num_hidden_layers
+        for start in range(0, len(windows), max(1, 2**14 // data.length)):
+            rows = slice(start, start + max(1, 2**14 // data.length))
+            ids = windows[rows].to(model.device)
+            losses += [model(ids, labels=ids, use_cache=False).loss.item()] * len(ids)
+    return statistics.fmean(losses), sum(given) / (idle.sum().item() * model.config.num_hidden_layers)
 
 
 @contextmanager
@@ -434,6 +437,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = ("layers", "width", "heads", "length", "batch", "steps")
     task = replace(TASKS[args.task], **{size: getattr(args, size) for size in sizes if getattr(args, size)})
     data = Python(task) if task.data == "python" else Triggers(task)
+    torch.set_float32_matmul_precision("high")  # on GPUs
     args.work.mkdir(parents=True, exist_ok=True)
     config = config_of(task)
     for seed in args.seeds:

@@ -191,7 +191,7 @@ def _edit_keys(attention: nn.Module, seen: _Seen, others: torch.Tensor, chosen: 
     key = linear.weight.double() @ first + (0 if linear.bias is None else linear.bias.double())
     key = key.view(-1, attention.head_dim)  # (K, H)
     wanted = torch.zeros_like(key) if settings.key == "zero" else _fitted_key(attention, seen, others, settings.ridge)
-    if settings.key != "zero" and not isinstance(attention.k_norm, nn.Identity):
+    if settings.key != "zero" and _is_normed(attention):
         wanted = wanted / attention.k_norm.weight.double()  # a norm leaves the direction only: keep to the old length
         wanted = wanted * key.norm(dim=1, keepdim=True) / wanted.norm(dim=1, keepdim=True)
     change = (key - wanted) * chosen[:, None]
@@ -201,7 +201,8 @@ def _edit_keys(attention: nn.Module, seen: _Seen, others: torch.Tensor, chosen: 
 def _fitted_key(attention: nn.Module, seen: _Seen, others: torch.Tensor, ridge: float) -> torch.Tensor:
     """
     The key (K, H), as queries meet it at the first position, whose logit comes nearest to the mean (in the exponential)
-    of a query's logits at the other keys, less `MARGIN`, for all query heads that share it.
+    of a query's logits at the other keys, less `MARGIN`, for all query heads that share it: of the length that a key
+    norm gives it, if there is one.
     """
     queries = seen.queries.double().unflatten(1, (seen.key.shape[1], -1)) * attention.scaling  # (B, K, N/K, T, H)
     shares = others.double().transpose(1, 2).unflatten(1, (seen.key.shape[1], -1))  # (B, K, N/K, T)
@@ -212,7 +213,23 @@ def _fitted_key(attention: nn.Module, seen: _Seen, others: torch.Tensor, ridge: 
     seeing = (shares < 1) & (torch.arange(shares.shape[3], device=shares.device) > 0)  # a sliding window sees no more
     inputs = (queries * seeing[..., None]).transpose(0, 1).flatten(1, 3)  # (K, M, H)
     targets = (logits * seeing).transpose(0, 1).flatten(1)  # (K, M)
-    return _ridge(inputs, targets[:, :, None], ridge).squeeze(2)
+    normed = _is_normed(attention)
+    scale = attention.k_norm.weight.double() if normed else torch.ones_like(inputs[0, 0])  # (H)
+    inputs = inputs * scale
+    values, vectors = torch.linalg.eigh(inputs.mT @ inputs)  # (K, H), (K, H, H)
+    products = (vectors.mT @ (inputs.mT @ targets[:, :, None])).squeeze(2)  # (K, H)
+    penalty = ridge * values.mean(1, keepdim=True)
+    if normed:  # the larger the penalty, the shorter the key: halve the span in which the right one lies
+        low, high = penalty, 1e12 * penalty
+        for _ in range(100):
+            penalty = (low * high).sqrt()
+            long = (products / (values + penalty)).norm(dim=1, keepdim=True) > scale.numel() ** 0.5
+            low, high = torch.where(long, penalty, low), torch.where(long, high, penalty)
+    return (vectors @ (products / (values + penalty))[:, :, None]).squeeze(2) * scale
+
+
+def _is_normed(attention: nn.Module) -> bool:
+    return not isinstance(attention.k_norm, nn.Identity)
 
 
 def _fit_gates(

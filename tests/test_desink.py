@@ -105,9 +105,10 @@ def test_the_model_computes_what_it_did(variant, key):
     assert min(difference(keys_alone, before), difference(gates_alone, before)) > 1e-2
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_sinks_are_gone():
-    fits = desink(with_sinks(), windows(), EXACT)
+def test_sinks_are_gone(variant):
+    fits = desink(with_sinks(**VARIANTS[variant]), windows(), EXACT)
     assert all(fit.sink > 0.3 and fit.sink_left < fit.sink / 4 for fit in fits)
 
 
