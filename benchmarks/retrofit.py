@@ -106,6 +106,7 @@ RECIPES = {
     "KL, outlier penalty, 10 times the tokens": Recipe(teacher=True, penalty="outliers", tokens=10),
     "attention penalty, gates frozen open": Recipe(penalty="attention", gates=False),
     "attention penalty": Recipe(penalty="attention"),
+    "attention penalty, gates frozen open, 10 times the tokens": Recipe(penalty="attention", gates=False, tokens=10),
     "attention penalty, 10 times the tokens": Recipe(penalty="attention", tokens=10),
 }
 DRAWN = ("plain, gates trained", "key edited alone, healed", "sink moved, healed", "attention penalty")
