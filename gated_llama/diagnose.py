@@ -338,7 +338,7 @@ def _without_gates(model: PreTrainedModel, windows: torch.Tensor, batch_size: in
     return {name: (loss / len(windows), divergence / len(windows)) for name, (loss, divergence) in sums.items()}
 
 
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers, of a model with an adapter too."""
     return [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
 
@@ -412,7 +412,7 @@ class _AttentionSums:
 
 class _ActivationSums:
     def __init__(self, model: PreTrainedModel):
-        self.layers = _layers(model)
+        self.layers = decoder_layers(model)
         count = len(self.layers)
         self.top3 = torch.zeros(count, 3, dtype=torch.float64)
         self.median = torch.zeros(count, dtype=torch.float64)

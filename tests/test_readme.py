@@ -10,6 +10,7 @@ from pathlib import Path
 import engines
 import paint_mixer
 import pretrain
+import retrofit
 import spotlight
 from gated_llama.scripts.cli import main
 from hub import local_hub
@@ -91,6 +92,14 @@ def test_what_the_textbook_tasks_are_to_show_holds_in_the_records():
         records = read_records(module.RECORDS)
         assert len({record["seed"] for record in records}) >= 3
         assert [claim for claim in module.claims(records) if not claim.holds] == []
+
+
+def test_the_table_of_retrofits_is_that_of_the_records():
+    records = retrofit.records_of("deep")
+    assert {(record["seed"], record["recipe"]) for record in records} == {
+        (seed, recipe) for seed in (0, 1, 2) for recipe in (retrofit.BASE, *retrofit.RECIPES)
+    }
+    assert table_in_readme("retrofit").search(README)[0] == retrofit.table(records)
 
 
 def test_readme_names_what_exists():

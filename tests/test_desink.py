@@ -1,0 +1,192 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Moving a sink into the gate: the algebra it rests on, and heads made so that it must be exact."""
+
+import copy
+
+import pytest
+import torch
+
+from gated_llama.attention import watched
+from gated_llama.desink import Desink, desink
+from gated_llama.errors import UserError
+from modeling_gated import GatedLlamaForCausalLM
+from tiny import gated_model, source_model, token_ids
+
+
+TOKENS = 17
+KINDS = 2  # tokens that may stand at each place but the first
+EXACT = Desink(ridge=1e-12, max_error=1e-3, min_sink=0.3)
+VARIANTS = {
+    "headwise": {},
+    "elementwise": {"gate_type": "elementwise"},
+    "a key head each": {"num_key_value_heads": 6},
+    "one key head": {"num_key_value_heads": 1},
+    "QK norm": {"use_qk_norm": True},
+    "biases": {"attention_bias": True},
+    "trained gates": {"trained": True},
+}
+
+
+def windows(count: int = 40) -> torch.Tensor:
+    """The first token is 0, and any other tells its place: so whatever depends on the place depends on the token."""
+    kinds = torch.randint(KINDS, (count, TOKENS), generator=torch.Generator().manual_seed(2))
+    ids = 1 + KINDS * (torch.arange(TOKENS) - 1) + kinds
+    ids[:, 0] = 0
+    return ids
+
+
+@torch.no_grad()
+def with_sinks(attraction: float = 1.5, **fields) -> GatedLlamaForCausalLM:
+    """
+    One layer in fp64, with fewer tokens than channels. Keys tell the first token from the others and no more, and the
+    first token's value is zero. So p₀ is a function of the query's token, v₀ is 0, and the edit must be exact.
+    """
+    fields = {
+        "trained": False,
+        "gate_bias": True,
+        "vocab_size": 1 + KINDS * (TOKENS - 1),
+        "pad_token_id": None,
+        **fields,
+    }
+    model = gated_model(GatedLlamaForCausalLM, num_hidden_layers=1, **fields).double()
+    layer, attention = model.model.layers[0], model.model.layers[0].self_attn
+    states = layer.input_layernorm(model.model.embed_tokens.weight)  # (V, E)
+    is_first = torch.arange(len(states)) == 0
+    # Their products with a state are 1 if it is the first token's, and 1 if it is another's; else 0.
+    first, other = (torch.linalg.pinv(states) @ torch.stack([is_first, ~is_first], dim=1).double()).unbind(1)
+    attract = torch.zeros(attention.head_dim).double()
+    attract[attention.head_dim // 2 - 1] = attraction * attention.head_dim**0.25  # a slow channel, which hardly rotates
+    attention.q_proj.weight += torch.outer(attract.repeat(attention.config.num_attention_heads), other)
+    attention.k_proj.weight.copy_(torch.outer(attract.repeat(attention.config.num_key_value_heads), first))
+    attention.v_proj.weight -= torch.outer(attention.v_proj(states[0]), first)
+    return model
+
+
+def difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    ids = windows(10)
+    return (one(ids).logits - other(ids).logits).abs().max().item()
+
+
+@torch.no_grad()
+def test_a_head_is_a_mixture_of_its_first_value_and_of_the_rest():
+    model = gated_model(GatedLlamaForCausalLM, gate_bias=True).double()
+    seen, values = {}, {}
+    hooks = [
+        layer.self_attn.v_proj.register_forward_hook(lambda m, i, output, n=n: values.update({n: output}))
+        for n, layer in enumerate(model.model.layers)
+    ]
+    with watched(model, lambda layer, start, first, weights, output: seen.update({layer: (weights.double(), output)})):
+        model(token_ids())
+    for layer, (weights, output) in seen.items():
+        value = values[layer].unflatten(2, (2, -1)).repeat_interleave(3, 2).transpose(1, 2)  # (B, N, T, H)
+        share = weights[:, :, 1:, :1]
+        rest = weights[:, :, 1:, 1:] / weights[:, :, 1:, 1:].sum(3, keepdim=True) @ value[:, :, 1:]
+        torch.testing.assert_close((1 - share) * rest + share * value[:, :, :1], output[:, :, 1:], rtol=0, atol=1e-5)
+        assert (rest - output[:, :, 1:]).abs().max() > 1e-2
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("key", ["fitted", "zero"])
+@torch.no_grad()
+def test_the_model_computes_what_it_did(variant, key):
+    model = with_sinks(**VARIANTS[variant])
+    before, settings = copy.deepcopy(model), Desink(**{**vars(EXACT), "key": key})
+    fits = desink(model, windows(), settings)
+    assert all(fit.moved and fit.sink > 0.3 and fit.gate_error < 1e-5 for fit in fits)
+    assert all(fit.value_size < 1e-6 and fit.r2 > 0.999 for fit in fits)
+    assert difference(model, before) < 1e-5
+    # Neither half does it.
+    attention, was = model.model.layers[0].self_attn, before.model.layers[0].self_attn
+    keys_alone, gates_alone = copy.deepcopy(model), copy.deepcopy(before)
+    keys_alone.model.layers[0].self_attn.attn_gate.load_state_dict(was.attn_gate.state_dict())
+    gates_alone.model.layers[0].self_attn.attn_gate.load_state_dict(attention.attn_gate.state_dict())
+    assert min(difference(keys_alone, before), difference(gates_alone, before)) > 1e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_sinks_are_gone(variant):
+    fits = desink(with_sinks(**VARIANTS[variant]), windows(), EXACT)
+    assert all(fit.sink > 0.3 and fit.sink_left < fit.sink / 4 for fit in fits)
+
+
+@torch.no_grad()
+def test_a_key_of_zero_stays_a_sink_where_other_logits_are_far_below():
+    model = with_sinks(attention_bias=True)
+    attention = model.model.layers[0].self_attn
+    for linear, size in ((attention.q_proj, 7.0), (attention.k_proj, -7.0)):
+        linear.bias.zero_()
+        linear.bias.view(-1, attention.head_dim)[:, attention.head_dim // 2 - 1] = size  # the slow channel
+    left = {
+        key: max(fit.sink_left for fit in desink(copy.deepcopy(model), windows(), Desink(key=key, max_error=2)))
+        for key in ("zero", "fitted")
+    }
+    assert left["zero"] > 0.9 and left["fitted"] < 0.1
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, (0, 1e-3)), (torch.bfloat16, (0.5, 10))])
+@torch.no_grad()
+def test_a_key_norm_blows_up_what_rounding_leaves_of_a_key_of_zero(dtype, size):
+    """Why a key of zero is no more than a control: in bf16 it comes out of the norm as long as any other."""
+    for key, (least, most) in {"zero": size, "fitted": (0.5, 10)}.items():
+        model = with_sinks(use_qk_norm=True).to(dtype)
+        assert all(fit.moved for fit in desink(model, windows(), Desink(key=key)))
+        layer = model.model.layers[0]
+        keys = layer.self_attn.k_proj(layer.input_layernorm(model.model.embed_tokens.weight[:1])).view(2, -1)
+        norms = layer.self_attn.k_norm(keys).norm(dim=1)
+        assert (norms > least).all() and (norms < most).all()
+
+
+@torch.no_grad()
+def test_heads_without_a_sink_or_a_fit_stay_as_they_are():
+    model = with_sinks()
+    keys = model.model.layers[0].self_attn.k_proj.weight
+    keys[6:] = -keys[6:]  # the second key head repels
+    before = copy.deepcopy(model)
+    fits = desink(model, windows(), EXACT)
+    assert [fit.moved for fit in fits] == [True] * 3 + [False] * 3
+    untouched = {
+        "k_proj.weight": slice(6, None),
+        "attn_gate.proj.weight": slice(3, 6),
+        "attn_gate.proj.bias": slice(3, 6),
+    }
+    for name, parameter in model.named_parameters():
+        was = before.get_parameter(name)
+        part = untouched.get(name.removeprefix("model.layers.0.self_attn."))
+        assert torch.equal(parameter, was) if part is None else torch.equal(parameter[part], was[part]), name
+        assert part is None or not torch.equal(parameter, was), name
+    unfit = with_sinks()
+    fits = desink(unfit, windows(), Desink(ridge=1e3, max_error=0.01))  # such a ridge fits nothing
+    assert not any(fit.moved for fit in fits)
+    assert all(torch.equal(p, q) for p, q in zip(unfit.parameters(), with_sinks().parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_first_tokens_that_vary_and_sliding_windows_and_depth():
+    model = gated_model(
+        GatedLlamaForCausalLM,
+        gate_bias=True,
+        sliding_window=7,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )
+    fits = desink(model, token_ids(8, 40), Desink(min_sink=0.01, max_error=2))
+    assert len(fits) == 18 and sum(fit.moved for fit in fits) > 12
+    assert all(torch.tensor([fit.sink, fit.sink_left, fit.r2, fit.gate_error]).isfinite().all() for fit in fits)
+    assert model(token_ids()).logits.isfinite().all()
+
+
+def test_what_cannot_be_done_is_said():
+    ids = token_ids()
+    for model in (source_model(), gated_model(GatedLlamaForCausalLM)):
+        with pytest.raises(UserError, match="convert the checkpoint with --gate-bias"):
+            desink(model, ids)
+    model = gated_model(GatedLlamaForCausalLM, gate_bias=True)
+    with pytest.raises(UserError, match="not 'none'"):
+        desink(model, ids, Desink(key="none"))
+    with pytest.raises(UserError, match="at least 3"):
+        desink(model, ids[:, :2])
+    model.set_gate_strength(0.5)
+    with pytest.raises(UserError, match="set_gate_strength"):
+        desink(model, ids)

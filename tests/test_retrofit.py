@@ -1,0 +1,92 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The benchmark of retrofits, at a size that takes seconds: it runs to its end, and compares what it says."""
+
+import sys
+
+import pytest
+import torch
+
+import retrofit
+from tiny import gated_model
+
+
+SIZES = "--layers 1 --width 24 --length 24 --batch 4 --steps 60".split()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(retrofit, "RECORDS", tmp_path / "retrofit.jsonl")
+
+    def run(*arguments: str) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", ["retrofit.py", "--work", str(tmp_path / "bases"), *SIZES, *arguments])
+        retrofit.main()
+        return retrofit.read_records(retrofit.RECORDS)
+
+    return run
+
+
+def test_every_recipe_runs_and_is_kept_once(run, tmp_path):
+    records = run("--task", "deep", "--seeds", "0")
+    assert [record["recipe"] for record in records] == [retrofit.BASE, *retrofit.RECIPES]
+    assert run("--task", "deep", "--seeds", "0") == records
+    for record in records:
+        recipe, measured = retrofit.RECIPES.get(record["recipe"]), record["measured"]
+        if recipe is None or recipe.tokens:
+            trained = recipe is not None and recipe.gates
+            reset = measured["loss, gates reset to open"]
+            assert trained == (measured["mean gate"] != 1) == (reset != pytest.approx(measured["loss"], abs=1e-7))
+    rows = retrofit.compared(records)
+    assert list(rows) == [retrofit.BASE, *retrofit.RECIPES] and rows[retrofit.REFERENCE]["loss"] == [0]
+    assert retrofit.table(records).count("\n") == len(rows) + 3
+    retrofit.draw(records, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_base_that_was_stopped_goes_on_as_if_it_had_not(run, tmp_path, monkeypatch):
+    whole = run("--task", "python", "--heads", "4", "--seeds", "0", "--recipes")
+    (tmp_path / "bases" / "python-0.pt").unlink()
+    steps, step_of = [], retrofit.step_of
+
+    def stop_later(*args):
+        steps.append(1)
+        if len(steps) == 40:
+            raise KeyboardInterrupt
+        return step_of(*args)
+
+    retrofit.RECORDS.unlink()
+    monkeypatch.setattr(retrofit, "step_of", stop_later)
+    with pytest.raises(KeyboardInterrupt):
+        run("--task", "python", "--heads", "4", "--seeds", "0", "--recipes")
+    resumed = run("--task", "python", "--heads", "4", "--seeds", "0", "--recipes")
+    assert len(steps) == 40 + 60 - 39 and resumed[0]["measured"] == whole[0]["measured"]
+
+
+def test_what_follows_a_trigger_is_a_copy():
+    task = retrofit.DEEP
+    ids = retrofit.Triggers(task).sample(200, seed=0)
+    assert torch.equal(ids, retrofit.Triggers(task).sample(200, seed=0)) and (ids[:, 0] == 0).all()
+    copies = [0] * (task.kinds + 1)
+    for row in ids.tolist():
+        acts = False  # a trigger that is itself a copy triggers nothing
+        for place in range(2, task.length - 1):
+            acts = not acts and 1 <= row[place] <= task.kinds
+            if acts:
+                assert row[place + 1] == row[place - row[place]]
+                copies[row[place]] += 1
+    assert min(copies[1:]) > 50
+
+
+def test_int8_rounds_to_255_levels_and_leaves_the_model_as_it_was():
+    model = gated_model(retrofit.GatedLlamaForCausalLM)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    linear = model.model.layers[0].mlp.up_proj
+    with retrofit.quantized(model):
+        assert len(linear.weight.unique()) <= 255 < len(before["model.layers.0.mlp.up_proj.weight"].unique())
+        x = torch.randn(2, 36)
+        step = x.abs().max() / 127
+        torch.testing.assert_close(linear(x), torch.nn.functional.linear((x / step).round() * step, linear.weight))
+        assert torch.equal(
+            model.model.layers[0].self_attn.attn_gate.proj.weight,
+            before["model.layers.0.self_attn.attn_gate.proj.weight"],
+        )
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
