@@ -88,11 +88,9 @@ def _on_weights(
 
 def _peer(name: str, attention: nn.Module, gate: nn.Parameter) -> nn.Module:
     config = attention.config
-    common = {
-        key: getattr(config, key)
-        for key in "hidden_size num_attention_heads num_key_value_heads head_dim attention_bias attention_dropout".split()
-    }
-    weights = {key: tensor for key, tensor in attention.state_dict(keep_vars=True).items()}
+    names = "hidden_size num_attention_heads num_key_value_heads head_dim attention_bias attention_dropout"
+    common = {name: getattr(config, name) for name in names.split()}
+    weights = {**attention.state_dict(keep_vars=True)}
     weights["o_proj.weight"] = nn.Parameter(2 * attention.o_proj.weight.detach())
     kinds = {"num_hidden_layers": 1, "attn_implementation": config._attn_implementation}
     with torch.device("meta"):
@@ -105,7 +103,7 @@ def _peer(name: str, attention: nn.Module, gate: nn.Parameter) -> nn.Module:
         else:
             peer = Qwen3_5Attention(Qwen3_5TextConfig(**common, **kinds, layer_types=["full_attention"]), 0)
             heads = [part.detach().unflatten(0, (-1, config.head_dim)) for part in (weights["q_proj.weight"], gate)]
-            weights["q_proj.weight"] = nn.Parameter(torch.cat(heads, dim=1).flatten(0, 1))  # by head [q rows | gate rows]
+            weights["q_proj.weight"] = nn.Parameter(torch.cat(heads, dim=1).flatten(0, 1))  # by head [q | gate]
     peer.layer_idx = attention.layer_idx
     peer.q_norm, peer.k_norm = nn.Identity(), nn.Identity()
     peer.load_state_dict(weights, assign=True)
