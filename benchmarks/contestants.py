@@ -36,7 +36,9 @@ SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "head_dim": 128},
 }
 NAMES = ("llama", "llama-again", "headwise", "elementwise", "afmoe", "qwen3_5", "hook-headwise", "hook-elementwise")
-GATE_TYPES = ("headwise", "elementwise")
+# The others that compute what ours of a gate type computes.
+PEERS = {"headwise": ("hook-headwise",), "elementwise": ("hook-elementwise", "afmoe", "qwen3_5")}
+GATE_TYPES = tuple(PEERS)
 
 
 def llama_config(shape: str | dict, layers: int) -> LlamaConfig:
@@ -191,11 +193,8 @@ def check(models: dict[str, PreTrainedModel]) -> dict[str, float]:
         if not torch.equal(opened, plain):
             raise CorrectnessError(f"{kind}: open gates are not Llama to the bit ({distance(opened, plain):.2g})")
         distances[kind] = 0.0
-        same_kind = [name for name in models if name == f"hook-{kind}"]
-        if kind == "elementwise":
-            same_kind += [name for name in models if name in ("afmoe", "qwen3_5")]
-        for name in same_kind:
-            distances[name] = distance(states_of(models[name]), moved)
+        for peer in set(PEERS[kind]) & models.keys():
+            distances[peer] = distance(states_of(models[peer]), moved)
         if (control := distance(moved, opened)) < 10 * tolerance:
             raise CorrectnessError(f"{kind}: moved gates change too little for a comparison to see ({control:.2g})")
     for name, value in distances.items():
