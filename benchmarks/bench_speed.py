@@ -18,6 +18,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -42,11 +43,7 @@ from measured import circumstances, peak_of, run_measured, seconds_of, summary
 
 CONTEXT = 128  # tokens in the cache when decoding begins
 FEW = ("llama", "llama-again", *GATE_TYPES)
-NO_HOOKS = tuple(name for name in NAMES if not name.startswith("hook"))
-LAYERS = {
-    "cpu": {"Qwen3-0.6B": 2, "Llama-3.2-1B": 1, "8B": 1},
-    "cuda": {"Qwen3-0.6B": 8, "Llama-3.2-1B": 4, "8B": 2},  # more of them than its cache holds
-}
+NO_HOOKS = tuple(name for name in NAMES if not name.startswith("hook"))  # Dynamo does not trace these hooks
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ class Case:
     work: str
     shape: str
     tokens: int = 0
+    layers: int = 1
     batch: int = 1
     cache: str = ""  # of decoding: dynamic or static
     compiled: bool = False
@@ -65,28 +63,35 @@ class Case:
 
 
 def cases_of(device: str) -> list[Case]:
-    prefill, training = partial(Case, "prefill"), partial(Case, "training")
-    decode = partial(Case, "decode", tokens=4)
+    small, middle, large = "Qwen3-0.6B", "Llama-3.2-1B", "8B"
+    # Decoding reads every weight once a token: there are more of them than the processor's cache holds.
+    many = {"cpu": 2, "cuda": 8}[device]
+    prefill, training, memory = partial(Case, "prefill"), partial(Case, "training"), partial(Case, "memory of training")
+    decode = partial(Case, "decode", tokens=4, layers=many)
     return [
-        prefill("Qwen3-0.6B", 128),
-        prefill("Qwen3-0.6B", 512),
-        prefill("Qwen3-0.6B", 2048, names=FEW),
-        prefill("Qwen3-0.6B", 8192, names=FEW, pairs=5 if device == "cpu" else None),
-        prefill("Llama-3.2-1B", 128),
-        prefill("Llama-3.2-1B", 512, names=FEW),
-        prefill("8B", 128, names=FEW),
-        decode("Qwen3-0.6B", cache="dynamic"),
-        decode("Qwen3-0.6B", cache="static"),
-        decode("Qwen3-0.6B", cache="static", compiled=True, names=NO_HOOKS),
-        decode("Qwen3-0.6B", cache="dynamic", batch=8),
-        decode("Qwen3-0.6B", cache="static", batch=8, compiled=True, names=FEW),
-        decode("Llama-3.2-1B", cache="dynamic"),
-        decode("Llama-3.2-1B", cache="dynamic", batch=8, names=FEW),
-        decode("8B", cache="dynamic", names=FEW),
-        training("Qwen3-0.6B", 512),
-        training("Qwen3-0.6B", 512, checkpointing=True, names=FEW),
-        training("Llama-3.2-1B", 128, names=FEW),
-        Case("first token", "Qwen3-0.6B", 128, names=FEW),
+        prefill(small, 128),
+        prefill(small, 512),
+        prefill(small, 2048, names=FEW),
+        prefill(small, 8192, names=FEW, pairs=5 if device == "cpu" else None),
+        training(small, 256),
+        training(small, 256, checkpointing=True, names=FEW),
+        Case("first token", small, 128, names=FEW),
+        Case("load", small, names=FEW),
+        Case("memory of prefill", small, 2048),
+        memory(small, 2048),
+        memory(small, 2048, checkpointing=True, names=(*FEW, *PEERS["elementwise"])),
+        decode(small, cache="dynamic"),
+        decode(small, cache="static"),
+        decode(small, cache="static", compiled=True, names=NO_HOOKS),
+        decode(small, cache="dynamic", batch=8),
+        decode(small, cache="static", batch=8, compiled=True, names=FEW),
+        prefill(middle, 128),
+        prefill(middle, 512, names=FEW),
+        training(middle, 128, names=FEW),
+        decode(middle, cache="dynamic", layers=many // 2),
+        decode(middle, cache="dynamic", layers=many // 2, batch=8, names=FEW),
+        prefill(large, 128, names=FEW),
+        decode(large, cache="dynamic", layers=many // 2, names=FEW),
     ]
 
 
@@ -106,16 +111,18 @@ def limit_of(case: Case, config: LlamaConfig, gate_type: str) -> float:
 
 def memory_limit(case: Case, llama: PreTrainedModel, peak: float, gate_type: str) -> float:
     """
-    The ratio of peaks when the gates keep what they must: of their weights a gradient and AdamW's two states besides,
-    and of each token their values and the product with them (o_proj's input; the attention keeps its own output).
+    The ratio of peaks when gates hold no more than they must: their weights, and in training the gradient and AdamW's
+    two states of these, and of every token their values and the product with them (`o_proj`'s input, where Llama's is
+    what the attention keeps anyway).
     """
-    config, layers = llama.config, llama.config.num_hidden_layers
+    config = llama.config
     queries = config.num_attention_heads * config.head_dim
     values = config.num_attention_heads if gate_type == "headwise" else queries
-    weights = (4 if case.work == "training" else 1) * layers * values * config.hidden_size
-    kept = 1 if case.work == "prefill" or case.checkpointing else layers
-    activations = kept * case.batch * case.tokens * (values + queries)
-    return 1 + (weights + activations) * llama.dtype.itemsize / peak
+    held = config.hidden_size * values * config.num_hidden_layers
+    if "training" in case.work:
+        kept = 1 if case.checkpointing else config.num_hidden_layers
+        held = 4 * held + kept * case.batch * case.tokens * (values + queries)
+    return 1 + held * llama.dtype.itemsize / peak
 
 
 # --- works: each makes a function that does the work once -------------------------------------------------------------
@@ -168,7 +175,7 @@ def training(case: Case, model: PreTrainedModel, rounds: int) -> Callable[[], ob
     ids = random_ids(model, case.batch, case.tokens)
     optimizer = torch.optim.AdamW(model.model.parameters(), lr=0.0)
 
-    def work() -> None:
+    def step(ids: torch.Tensor) -> None:
         model.train()
         if case.checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -179,7 +186,8 @@ def training(case: Case, model: PreTrainedModel, rounds: int) -> Callable[[], ob
             model.activation_checkpointing_disable()
         model.eval()
 
-    return work
+    step(ids[:, :8])  # AdamW makes its states
+    return partial(step, ids)
 
 
 WORKS = {"prefill": prefill, "decode": decode, "training": training, "first token": first_token}
@@ -193,7 +201,7 @@ def compiled(module: torch.nn.Module) -> Callable:
 
 
 def in_rounds(works: dict[str, Callable], rounds: int, device: str, label: str) -> dict[str, list[float]]:
-    """Seconds of each work in each round, in rotating order; two rounds before, to get warm."""
+    """Seconds of each work in each round, in rotating order; one round before, to get warm."""
 
     def run(work: Callable) -> None:
         work()
@@ -201,7 +209,7 @@ def in_rounds(works: dict[str, Callable], rounds: int, device: str, label: str) 
             torch.cuda.synchronize()
 
     seconds = {name: [] for name in works}
-    for work in (*works.values(), *works.values()):
+    for work in works.values():
         run(work)
     for number in tqdm(range(rounds), desc=label, unit="round", leave=False):
         gc.collect()
@@ -212,7 +220,7 @@ def in_rounds(works: dict[str, Callable], rounds: int, device: str, label: str) 
 
 
 def compared(seconds: dict[str, list[float]], limits: dict[str, float]) -> dict[str, dict]:
-    """Of each contestant its seconds and, round by round, their ratio to Llama's; of ours, to those of its peers too."""
+    """Each contestant's seconds and, round by round, their ratio to Llama's; for ours, to those of its peers too."""
 
     def ratio(ours: str, theirs: str) -> dict:
         return summary([a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True)])
@@ -224,50 +232,42 @@ def compared(seconds: dict[str, list[float]], limits: dict[str, float]) -> dict[
     return results
 
 
-def measure(case: Case, models: dict[str, PreTrainedModel], pairs: int, device: str) -> dict:
-    rounds = case.pairs or pairs
+def measure_time(case: Case, models: dict[str, PreTrainedModel], pairs: int) -> dict[str, dict]:
+    rounds, llama = case.pairs or pairs, models["llama"]
     torch.compiler.reset()
     works = {name: WORKS[case.work](case, models[name], rounds) for name in case.names}
-    limits = {kind: limit_of(case, models["llama"].config, kind) for kind in GATE_TYPES}
-    return result_of(case, models, compared(in_rounds(works, rounds, device, case.work), limits))
+    limits = {kind: limit_of(case, llama.config, kind) for kind in GATE_TYPES}
+    return compared(in_rounds(works, rounds, llama.device.type, case.work), limits)
 
 
-def measure_memory(case: Case, models: dict[str, PreTrainedModel]) -> dict:
-    """Peak of the memory that torch allocates, weights included: of a prefill, or of a first training step."""
-    results = {}
+def measure_memory(case: Case, models: dict[str, PreTrainedModel], pairs: int) -> dict[str, dict]:
+    """Peak of the memory that torch allocates, weights and AdamW's states included."""
+    results, work = {}, WORKS[case.work.removeprefix("memory of ")]
     for name in case.names:
-        weights = sum(parameter.nbytes for parameter in models[name].parameters())
-        results[name] = {"bytes": weights + peak_of(WORKS[case.work](case, models[name], 1), models[name].device.type)}
+        held = sum(weight.nbytes for weight in models[name].model.parameters()) * (3 if "training" in case.work else 1)
+        results[name] = {"bytes": held + peak_of(work(case, models[name], 1), models[name].device.type)}
     llama = results["llama"]["bytes"]
     for name, result in results.items():
         result["ratio"] = {"median": result["bytes"] / llama}
         if name in PEERS:
             result["limit"] = memory_limit(case, models["llama"], llama, name)
-            to_peers = {peer: {"median": result["bytes"] / results[peer]["bytes"]} for peer in PEERS[name]}
-            result["to_peers"] = to_peers
-    return result_of(case, models, results, work=f"memory of {case.work}")
+            peers = [peer for peer in PEERS[name] if peer in results]
+            result["to_peers"] = {peer: {"median": result["bytes"] / results[peer]["bytes"]} for peer in peers}
+    return results
 
 
-def measure_loading(shape: str, models: dict[str, PreTrainedModel], pairs: int, device: str) -> dict:
+def measure_loading(case: Case, models: dict[str, PreTrainedModel], pairs: int) -> dict[str, dict]:
+    device = models["llama"].device.type
     with tempfile.TemporaryDirectory() as folder:
         for name in ("llama", *GATE_TYPES):
             models[name].save_pretrained(Path(folder) / name)
         works = {}
-        for name in FEW:
+        for name in case.names:
             saved = Path(folder) / name.removesuffix("-again")
             works[name] = partial(AutoModelForCausalLM.from_pretrained, saved, device_map=device)
-        sizes = {name: sum(parameter.nbytes for parameter in models[name].parameters()) for name in FEW}
+        sizes = {name: sum(parameter.nbytes for parameter in models[name].parameters()) for name in case.names}
         limits = {kind: sizes[kind] / sizes["llama"] for kind in GATE_TYPES}
-        results = compared(in_rounds(works, pairs, device, "load"), limits)
-    return result_of(Case("load", shape), models, results)
-
-
-def result_of(case: Case, models: dict[str, PreTrainedModel], contestants: dict[str, dict], **fields) -> dict:
-    described = {key: value for key, value in asdict(case).items() if key not in ("names", "pairs")}
-    layers = models["llama"].config.num_hidden_layers
-    result = {**described, "layers": layers, **fields, "contestants": contestants}
-    tqdm.write(speed_table.plain_row(result, models["llama"].device.type))
-    return result
+        return compared(in_rounds(works, pairs, device, case.work), limits)
 
 
 def measure_starting(rounds: int = 3) -> dict[str, dict]:
@@ -285,22 +285,19 @@ def measure_starting(rounds: int = 3) -> dict[str, dict]:
 
 
 def run_all(device: str, pairs: int) -> dict:
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    where = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16, "device": device}
     results, distances = [], {}
-    for shape, layers in LAYERS[device].items():
-        cases = [case for case in cases_of(device) if case.shape == shape]
+    for (shape, layers), group in groupby(cases_of(device), lambda case: (case.shape, case.layers)):
+        cases = list(group)
         needed = [name for name in NAMES if any(name in case.names for case in cases)]
-        models = make_contestants(llama_config(shape, layers), needed, dtype=dtype, device=device)
-        distances[shape] = check(models)
-        results += [measure(case, models, pairs, device) for case in cases]
-        if shape == "Qwen3-0.6B":
-            for case in (
-                Case("prefill", shape, 2048),
-                Case("training", shape, 512),
-                Case("training", shape, 512, checkpointing=True),
-            ):
-                results.append(measure_memory(case, models))
-            results.append(measure_loading(shape, models, pairs, device))
+        models = make_contestants(llama_config(shape, layers), needed, **where)
+        distances[f"{shape}, {layers}"] = check(models)
+        for case in cases:
+            measure = measure_loading if case.work == "load" else measure_time
+            measure = measure_memory if case.work.startswith("memory") else measure
+            described = {key: value for key, value in asdict(case).items() if key not in ("names", "pairs")}
+            results.append({**described, "contestants": measure(case, models, pairs)})
+            tqdm.write(speed_table.plain_row(results[-1], device))
     return {"results": results, "distances": distances, "starting": measure_starting()}
 
 
@@ -310,6 +307,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15, help="rounds of a comparison (default: 15)")
     args = parser.parse_args()
     logging.disable_progress_bar()
+    gc.freeze()  # what was imported need not be looked through between rounds
     gc.disable()
     print(speed_table.plain_head())
     measured = run_all(args.device, args.pairs)

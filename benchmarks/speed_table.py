@@ -43,7 +43,7 @@ def noise_of(result: dict) -> float:
 def verdict(result: dict, gate_type: str, on: str) -> tuple[bool, list[str]]:
     """Whether the goal is met, to the noise; and the peers that are faster, or smaller, by more than the noise."""
     ours, goal, noise = result["contestants"][gate_type], goal_of(result, gate_type, on), noise_of(result)
-    better = [peer for peer, ratio in ours["to_peers"].items() if ratio["median"] > 1 + noise]
+    better = [peer for peer, ratio in ours["to_peers"].items() if ratio["median"] > 1.0005 + noise]
     return goal is None or ours["ratio"]["median"] <= goal + noise, better
 
 
