@@ -66,8 +66,8 @@ def cases_of(device: str) -> list[Case]:
     small, middle, large = "Qwen3-0.6B", "Llama-3.2-1B", "8B"
     # Decoding reads every weight once a token: there are more of them than the processor's cache holds.
     many = {"cpu": 2, "cuda": 8}[device]
-    prefill, training, memory = partial(Case, "prefill"), partial(Case, "training"), partial(Case, "memory of training")
-    decode = partial(Case, "decode", tokens=4, layers=many)
+    prefill, training = partial(Case, "prefill"), partial(Case, "training")
+    decode, memory = partial(Case, "decode", tokens=4, layers=many), partial(Case, tokens=1024, layers=many)
     return [
         prefill(small, 128),
         prefill(small, 512),
@@ -77,14 +77,14 @@ def cases_of(device: str) -> list[Case]:
         training(small, 256, checkpointing=True, names=FEW),
         Case("first token", small, 128, names=FEW),
         Case("load", small, names=FEW),
-        Case("memory of prefill", small, 2048),
-        memory(small, 2048),
-        memory(small, 2048, checkpointing=True, names=(*FEW, *PEERS["elementwise"])),
         decode(small, cache="dynamic"),
         decode(small, cache="static"),
         decode(small, cache="static", compiled=True, names=NO_HOOKS),
         decode(small, cache="dynamic", batch=8),
         decode(small, cache="static", batch=8, compiled=True, names=FEW),
+        memory("memory of prefill", small),
+        memory("memory of training", small),
+        memory("memory of training", small, checkpointing=True, names=NO_HOOKS),
         prefill(middle, 128),
         prefill(middle, 512, names=FEW),
         training(middle, 128, names=FEW),
@@ -212,10 +212,12 @@ def in_rounds(works: dict[str, Callable], rounds: int, device: str, label: str) 
     for work in works.values():
         run(work)
     for number in tqdm(range(rounds), desc=label, unit="round", leave=False):
-        gc.collect()
         turn = number % len(works)
+        gc.collect()
+        gc.disable()
         for name in [*works][turn:] + [*works][:turn]:
             seconds[name].append(seconds_of(run, works[name]))
+        gc.enable()
     return seconds
 
 
@@ -308,7 +310,6 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable_progress_bar()
     gc.freeze()  # what was imported need not be looked through between rounds
-    gc.disable()
     print(speed_table.plain_head())
     measured = run_all(args.device, args.pairs)
     for name, seconds in measured["starting"].items():
