@@ -110,9 +110,10 @@ class AttentionGate(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.proj(hidden_states)  # (B, T, E) -> (B, T, N·G)
-        # `apply` alone takes as long as the rest of it for one token
-        scaled_sigmoid = ScaledSigmoid.apply if logits.requires_grad else ScaledSigmoid.forward
-        gate = scaled_sigmoid(logits, self.scale)
+        if logits.requires_grad and not torch.compiler.is_compiling():  # a compiler finds by itself what to keep
+            gate = ScaledSigmoid.apply(logits, self.scale)
+        else:
+            gate = self.scale * torch.sigmoid(logits)
         return gate if self.strength == 1 else 1 + self.strength * (gate - 1)
 
 
