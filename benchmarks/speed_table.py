@@ -1,7 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 What the gate costs, by the last record that bench_speed.py wrote on a CPU, against the goals: `python
-benchmarks/speed_table.py` writes the README's table anew.
+benchmarks/speed_table.py` writes the README's table and docs/speed.png anew.
 """
 
 import json
@@ -82,18 +82,51 @@ def plain_row(result: dict, on: str) -> str:
 def table() -> str:
     record = read()
     head = ("", "noise", "headwise", "elementwise", "AFMoE", "Qwen3.5", "hooks, headwise", "hooks, elementwise")
-    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    shape = None
-    for result in record["results"]:
-        if result["shape"] != shape:
-            shape = result["shape"]
-            rows.append(
-                f"| **{shape}**, {result['layers']} layer{'s'[: result['layers'] > 1]} |" + " |" * len(COLUMNS) + " |"
-            )
-        rows.append("| " + " | ".join([name_of(result), *cells(result, "cpu")]) + " |")
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for shape, results in by_shape(record):
+        rows.append(f"| **{shape}** |{' |' * (len(head) - 1)}")
+        rows += [f"| {' | '.join([name_of(result), *cells(result, record['on'])])} |" for result in results]
     return "\n".join(rows) + "\n"
+
+
+def by_shape(record: dict) -> list[tuple[str, list[dict]]]:
+    shapes = dict.fromkeys(result["shape"] for result in record["results"])
+    return [(shape, [result for result in record["results"] if result["shape"] == shape]) for shape in shapes]
+
+
+def draw(record: dict, path: Path) -> None:
+    """Ratios to Llama by gate type: ours with quartiles, the peers', and the limit of each."""
+    from matplotlib.figure import Figure
+
+    results = [(shape, result) for shape, results in by_shape(record) for result in results]
+    names = [f"{shape}: {name_of(result)}" for shape, result in results]
+    figure = Figure(figsize=(11, 0.28 * len(names) + 1.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    markers = {"afmoe": "s", "qwen3_5": "^", "hook-headwise": "x", "hook-elementwise": "x"}
+    for panel, kind in zip(panels, ("headwise", "elementwise"), strict=True):
+        for place, (_, result) in enumerate(results):
+            ours, ratio = result["contestants"][kind], result["contestants"][kind]["ratio"]
+            panel.plot([ours["limit"]] * 2, [place - 0.4, place + 0.4], color="0.6", lw=2)
+            panel.plot([ratio.get("q25", ratio["median"]), ratio.get("q75", ratio["median"])], [place] * 2, color="C0")
+            panel.plot(ratio["median"], place, "o", color="C0")
+            for peer in ours["to_peers"]:
+                median = result["contestants"][peer]["ratio"]["median"]
+                panel.plot(median, place, markers[peer], color="C1", mfc="none", ms=5)
+        panel.set_xlabel(f"{kind}: ratio to Llama")
+        panel.axvline(1, color="0.8", lw=0.8, zorder=0)
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0].invert_yaxis()
+    keys = {"ours": "o", "AFMoE": "s", "Qwen3.5": "^", "hooks": "x", "limit": "|"}
+    colors = {"ours": "C0", "limit": "0.6"}
+    handles = [
+        panels[1].plot([], [], marker, color=colors.get(name, "C1"), mfc=colors.get(name, "none"))[0]
+        for name, marker in keys.items()
+    ]
+    figure.legend(handles, keys, loc="outside upper center", ncols=len(keys))
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
     readme.write_text(TABLE.sub(lambda match: table(), readme.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(read(), ROOT / "docs" / "speed.png")
