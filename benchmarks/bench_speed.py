@@ -36,6 +36,7 @@ from contestants import (
     check,
     distance,
     llama_config,
+    loss_of,
     make_contestants,
 )
 from measured import circumstances, peak_of, run_measured, seconds_of, summary
@@ -162,7 +163,7 @@ def decode(case: Case, model: PreTrainedModel, rounds: int) -> Callable[[], obje
         model.model(ids[:, :-1], past_key_values=cache, use_cache=True)
         if case.compiled:  # it computes what the eager one does, or it is not timed
             eager, fast = (
-                run(ids[:, -1:], past_key_values=kept, use_cache=True).last_hidden_state
+                [run(ids[:, -1:], past_key_values=kept, use_cache=True).last_hidden_state]
                 for run, kept in ((model.model, deepcopy(cache)), (step, cache))
             )
             if distance(fast, eager) > TOLERANCE[model.dtype]:
@@ -179,7 +180,7 @@ def training(case: Case, model: PreTrainedModel, rounds: int) -> Callable[[], ob
         model.train()
         if case.checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        model.model(ids, use_cache=False).last_hidden_state.float().square().mean().backward()
+        loss_of(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
         if case.checkpointing:
