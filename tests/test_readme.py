@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import engines
+import speed_table
 from gated_llama.scripts.cli import main
 from hub import local_hub
 from tiny import published, source_model
@@ -68,6 +69,11 @@ def test_load_finetune_look(tmp_path, monkeypatch, capsys):
 def test_the_table_of_engines_is_that_of_the_records():
     assert engines.TABLE.search(README)[0] == engines.table()
     assert engines.table().count("\n") == len(engines.read()) + 2
+
+
+def test_the_table_of_speed_is_that_of_the_last_record():
+    assert speed_table.TABLE.search(README)[0] == speed_table.table()
+    assert speed_table.table().count("\n") > len(speed_table.read()["results"])
 
 
 def test_readme_names_what_exists():
