@@ -109,11 +109,12 @@ class AttentionGate(nn.Module):
         self.proj.is_attn_gate = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        logits = self.proj(hidden_states)  # (B, T, E) -> (B, T, N·G)
-        if logits.requires_grad and not torch.compiler.is_compiling():  # a compiler finds by itself what to keep
-            gate = ScaledSigmoid.apply(logits, self.scale)
+        gate = self.proj(hidden_states)  # (B, T, E) -> (B, T, N·G)
+        if gate.requires_grad and not torch.compiler.is_compiling():  # a compiler finds by itself what to keep
+            gate = ScaledSigmoid.apply(gate, self.scale)
         else:
-            gate = self.scale * torch.sigmoid(logits)
+            gate = torch.sigmoid(gate)  # by itself, so that two of these are held at once and not three
+            gate = self.scale * gate
         return gate if self.strength == 1 else 1 + self.strength * (gate - 1)
 
 
