@@ -86,7 +86,15 @@ def table() -> str:
     for shape, results in by_shape(record):
         rows.append(f"| **{shape}** |{' |' * (len(head) - 1)}")
         rows += [f"| {' | '.join([name_of(result), *cells(result, record['on'])])} |" for result in results]
-    return "\n".join(rows) + "\n"
+    return "\n".join([*rows, "", made_on(record)]) + "\n"
+
+
+def made_on(record: dict) -> str:
+    noises = [result["contestants"]["llama-again"]["ratio"] for result in record["results"]]
+    rounds = " or ".join(str(n) for n in sorted({noise["n"] for noise in noises if "n" in noise}, reverse=True))
+    versions = f"torch {record['versions']['torch']}, Transformers {record['versions']['transformers']}"
+    threads = f"{record['threads']} thread{'s'[: record['threads'] > 1]}"
+    return f"({record['device']}, {threads}; medians of {rounds} rounds; {versions}; commit {record['commit'][:7]}.)"
 
 
 def by_shape(record: dict) -> list[tuple[str, list[dict]]]:
