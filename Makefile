@@ -24,9 +24,12 @@ style: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# Under 15 minutes on two cores with nothing beside them. bench_measure.py by itself takes 20: 4 layers, a window of 32k.
 bench: .venv/installed
-	.venv/bin/python benchmarks/bench_convert.py
-	.venv/bin/python benchmarks/bench_measure.py
+	.venv/bin/python benchmarks/bench_speed.py
+	.venv/bin/python benchmarks/speed_table.py
+	.venv/bin/python benchmarks/bench_convert.py --rounds 3
+	.venv/bin/python benchmarks/bench_measure.py --layers 1 --long 0
 
 # Two tasks that show what a gate is for, then a small pre-training sweep: minutes on one core each.
 textbook: .venv/installed

@@ -68,6 +68,26 @@ except ImportError:
     from configuration_gated import GatedLlamaConfig
 
 
+class ScaledSigmoid(torch.autograd.Function):
+    """`scale · σ(logits)`, which keeps one tensor for its gradient: its result, which the product with it keeps too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: torch.Tensor, scale: float) -> torch.Tensor:
+        return torch.sigmoid(logits).mul_(scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.scale = inputs[1]
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gate,) = ctx.saved_tensors
+        return torch.addcmul(gate, gate, gate, value=-1 / ctx.scale).mul_(grad), None  # g' = s·σ·(1 − σ) = g − g²/s
+
+
 class AttentionGate(nn.Module):
     """
     The gate values of one layer, `gate_scale · σ(X Wg + bg)`, drawn towards 1 where `gate_strength` is not 1: from
@@ -89,7 +109,12 @@ class AttentionGate(nn.Module):
         self.proj.is_attn_gate = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = self.scale * torch.sigmoid(self.proj(hidden_states))  # (B, T, E) -> (B, T, N·G)
+        gate = self.proj(hidden_states)  # (B, T, E) -> (B, T, N·G)
+        if gate.requires_grad and not torch.compiler.is_compiling():  # a compiler finds by itself what to keep
+            gate = ScaledSigmoid.apply(gate, self.scale)
+        else:
+            gate = torch.sigmoid(gate)  # by itself, so that two of these are held at once and not three
+            gate = self.scale * gate
         return gate if self.strength == 1 else 1 + self.strength * (gate - 1)
 
 
@@ -155,10 +180,8 @@ class GatedLlamaAttention(LlamaAttention):
         )
 
         gate = self.attn_gate(hidden_states)  # (B, T, N·G)
-        gate = gate.view(*input_shape, -1, self.attn_gate.values_per_head)  # (B, T, N, G)
-        attn_output = attn_output.reshape(hidden_shape) * gate  # (B, T, N, H)
-        attn_output = attn_output.reshape(*input_shape, -1).contiguous()  # (B, T, N·H)
-        return self.o_proj(attn_output), attn_weights  # (B, T, E)
+        attn_output = attn_output.reshape(*gate.shape, -1) * gate.unsqueeze(-1)  # (B, T, N·G, H/G)
+        return self.o_proj(attn_output.flatten(-2)), attn_weights  # (B, T, N·H) -> (B, T, E)
 
 
 class GatedLlamaDecoderLayer(LlamaDecoderLayer):

@@ -77,7 +77,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of the model (default: 4)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="tokens (default: 512 2048)")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs a length (default: 5)")
-    parser.add_argument("--long", type=int, default=32768, help="tokens of the long window (default: 32768)")
+    parser.add_argument(
+        "--long", type=int, default=32768, help="tokens of the long window, 0 for none (default: 32768)"
+    )
     parser.add_argument("--alone", choices=("plain", "measure"), help="one long window and nothing else")
     args = parser.parse_args()
     if args.alone:
@@ -100,7 +102,7 @@ def main() -> None:
             pairs.append(taken["measure"] / taken["forward"])
         ratios[length] = summary(pairs)
     memory = {}
-    for kind in ("plain", "measure"):
+    for kind in ("plain", "measure") if args.long else ():
         command = [sys.executable, __file__, "--alone", kind, "--long", str(args.long)]
         seconds, peak = run_measured(command)
         memory[kind] = {"seconds": seconds, "peak_mib": peak}

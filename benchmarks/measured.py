@@ -10,7 +10,11 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +47,19 @@ def seconds_of(function, *args, **settings) -> float:
     started = time.perf_counter()
     function(*args, **settings)
     return time.perf_counter() - started
+
+
+def peak_of(function, device: str) -> int:
+    """Bytes that torch allocates at once while `function` runs, beyond those that it held before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def summary(values: list[float]) -> dict:

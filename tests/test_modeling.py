@@ -16,7 +16,7 @@ import modeling_gated
 from configuration_gated import AUTO_MAP
 from gated_llama.families import GATE_DEFAULTS, recognise
 from gated_llama.families import gated_config as config_of
-from modeling_gated import AttentionGate, GatedLlamaForCausalLM, GatedLlamaModel
+from modeling_gated import AttentionGate, GatedLlamaForCausalLM, GatedLlamaModel, ScaledSigmoid
 from tiny import VARIANTS, gated_config, gated_model, left_padding, published, source_model, tiny_tokenizer, token_ids
 
 
@@ -210,6 +210,60 @@ def test_open_gate_is_exactly_one_and_still_learns(gate_type, dtype):
     assert (values == 1).all()
     values.sum().backward()
     torch.testing.assert_close(gate.proj.weight.grad, (0.5 * x).sum((0, 1)).expand_as(gate.proj.weight))
+
+
+@pytest.mark.parametrize("scale", [2.0, 1.3])
+def test_scaled_sigmoid_has_the_gradient_of_its_formula(scale):
+    logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul_(3).requires_grad_()
+
+    def gate(x):
+        return ScaledSigmoid.apply(x, scale)
+
+    assert torch.autograd.gradcheck(gate, logits) and torch.autograd.gradgradcheck(gate, logits)
+    slope = scale * torch.sigmoid(logits) * (1 - torch.sigmoid(logits))
+    by_sample = torch.func.vmap(torch.func.grad(lambda row: gate(row).sum()))(logits.detach())
+    torch.testing.assert_close(by_sample, slope.detach())
+
+
+def bytes_kept(model):
+    """Bytes that the graph of a forward pass keeps for its backward pass, weights aside, each storage once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(token_ids(1), use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("gate_type", GATE_TYPES)
+def test_training_keeps_the_gate_values_and_their_product_and_no_more(gate_type, monkeypatch):
+    """The attention output itself is kept by the attention; without the product, it would be o_proj's input too."""
+    source = source_model("llama")
+    added = bytes_kept(as_gated(source, gate_type=gate_type)) - bytes_kept(source)
+    values = 6 if gate_type == "headwise" else 36
+    assert added == 3 * 17 * (values + 36) * 4
+    monkeypatch.setattr(ScaledSigmoid, "apply", lambda logits, scale: scale * torch.sigmoid(logits))  # the control
+    plain = bytes_kept(as_gated(source, gate_type=gate_type)) - bytes_kept(source)
+    assert plain == added + 3 * 17 * values * 4
+
+
+@pytest.mark.parametrize("gate_type", GATE_TYPES)
+def test_compiled_training_has_the_same_gradients(gate_type):
+    model = gated_model(GatedLlamaForCausalLM, gate_type=gate_type).train()
+    torch.compiler.reset()
+    gradients = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        forward(token_ids(), labels=token_ids()).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(expected, actual)
 
 
 def test_a_large_bias_would_be_open_but_could_not_learn():

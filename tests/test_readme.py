@@ -11,6 +11,7 @@ import engines
 import paint_mixer
 import pretrain
 import retrofit
+import speed_table
 import spotlight
 from gated_llama.scripts.cli import main
 from hub import local_hub
@@ -100,6 +101,11 @@ def test_the_table_of_retrofits_is_that_of_the_records():
         (seed, recipe) for seed in (0, 1, 2) for recipe in (retrofit.BASE, *retrofit.RECIPES)
     }
     assert table_in_readme("retrofit").search(README)[0] == retrofit.table(records)
+
+
+def test_the_table_of_speed_is_that_of_the_last_record():
+    assert table_in_readme("speed").search(README)[0] == speed_table.table()
+    assert speed_table.table().count("\n") > len(speed_table.read()["results"])
 
 
 def test_readme_names_what_exists():
