@@ -15,7 +15,6 @@ people, a figure to docs/ and one JSON line a run to benchmarks/results/.
 import argparse
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
@@ -27,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from configuration_gated import GatedLlamaConfig
 from measured import RESULTS, ROOT, circumstances, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
-from training import train
+from training import Claim, train
 
 
 RECORDS = RESULTS / "paint_mixer.jsonl"
@@ -153,13 +152,6 @@ def run(kind: str, attention: str, seed: int, steps: int) -> tuple[dict, torch.T
     return record, gates
 
 
-@dataclass(frozen=True)
-class Claim:
-    says: str
-    found: str
-    holds: bool
-
-
 def claims(records: list[dict]) -> list[Claim]:
     """What the task is to show, in every seed."""
     bound, _ = paint_alone()
@@ -225,7 +217,7 @@ def main() -> None:
     draw(records, shown).savefig(ROOT / "docs" / "paint_mixer.png", dpi=80, facecolor="white")
     print(table(records))
     for claim in claims(records):
-        print(f"{'holds' if claim.holds else 'FAILS':6} {claim.says}: {claim.found}")
+        print(claim)
     write_table("paint mixer", table(read_records(RECORDS)))
 
 

@@ -25,7 +25,7 @@ from gated_llama import convert_checkpoint
 from gated_llama.gates import GATE_RATE
 from measured import RESULTS, ROOT, circumstances, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
-from training import train
+from training import Claim, train
 
 
 RECORDS = RESULTS / "spotlight.jsonl"
@@ -159,13 +159,6 @@ def compare(seed: int, steps: int, finetune_steps: int) -> tuple[dict, dict[str,
     return record, shown, held_out[0]
 
 
-@dataclass(frozen=True)
-class Claim:
-    says: str
-    found: str
-    holds: bool
-
-
 def claims(records: list[dict]) -> list[Claim]:
     """What the task is to show, in every seed."""
     models = [record["models"] for record in records]
@@ -235,7 +228,7 @@ def main() -> None:
             draw(shown, ids).savefig(ROOT / "docs" / "spotlight.png", dpi=80, facecolor="white")
     print(table(records))
     for claim in claims(records):
-        print(f"{'holds' if claim.holds else 'FAILS':6} {claim.says}: {claim.found}")
+        print(claim)
     write_table("spotlight", table(read_records(RECORDS)))
 
 

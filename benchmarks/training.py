@@ -1,13 +1,26 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""A plain training loop for the small tasks of the benchmarks, in which nothing but the model differs."""
+"""What the textbook tasks share: a plain training loop, in which nothing but the model differs, and their claims."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from gated_llama import gate_parameter_groups
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that a task is to show, what was found, and whether that shows it."""
+
+    says: str
+    found: str
+    holds: bool
+
+    def __str__(self) -> str:
+        return f"{'holds' if self.holds else 'FAILS':6} {self.says}: {self.found}"
 
 
 def train(
