@@ -10,9 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import get_session, hf_raise_for_status
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from yaml import YAMLError
 
 import configuration_gated
@@ -31,6 +38,8 @@ except ImportError:  # client 1.x
     from httpx import HTTPError
 
 CODE = {Path(module.__file__).name: Path(module.__file__) for module in (configuration_gated, modeling_gated)}
+# Of adapters, by PEFT's name of the task.
+TASKS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
 CARD = "README.md"
 INSPECTION = Path("inspection", MEASUREMENTS_NAME)  # where `gated-llama inspect … --out FOLDER/inspection` leaves it
 # Tokens of the Hub, keys of OpenAI and of AWS, private keys.
@@ -120,7 +129,8 @@ def _read_card(path: Path) -> str:
 def check_loads(folder: str | os.PathLike, *, trust_remote_code: bool = False) -> None:
     """
     Build the checkpoint's model in a fresh process that cannot import this package, and compare the names and shapes of
-    its parameters with the files'. That runs the folder's two code files.
+    its parameters with the files'. That runs the folder's two code files. An adapter has none: it is put, names and
+    shapes only, on the base that it names.
 
     Args:
         trust_remote_code: run them even if they are not those of this package.
@@ -129,6 +139,9 @@ def check_loads(folder: str | os.PathLike, *, trust_remote_code: bool = False) -
         UserError: it does not load, a tensor is missing or too many, or the code is of another version.
     """
     folder = Path(folder)
+    if is_adapter(folder):
+        have = {key: info.shape for key, info in read_header(folder, ADAPTER_WEIGHTS).items()}
+        return _compare(folder, _adapter_shapes(folder), have)
     for name, own in CODE.items():
         if not trust_remote_code and (folder / name).read_bytes() != own.read_bytes():
             raise UserError(
@@ -146,6 +159,27 @@ def check_loads(folder: str | os.PathLike, *, trust_remote_code: bool = False) -
         raise UserError(f"{folder} does not load without this package: {reason}")
     wanted = {key: tuple(shape) for key, shape in json.loads(done.stdout.splitlines()[-1]).items()}
     have = {key: info.shape for key, info in checkpoint.tensors.items()}
+    _compare(folder, wanted, have)
+
+
+def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors that the adapter's file must hold."""
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+
+    from gated_llama.adapters import base_of
+
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        base = AutoConfig.from_pretrained(base_of(folder), revision=config.revision)
+        with torch.device("meta"):
+            model = TASKS.get(config.task_type, AutoModelForCausalLM).from_config(base)
+            model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} cannot be put on its base, {base_of(folder)}: {first_line(error)}") from error
+    return {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(model).items()}
+
+
+def _compare(folder: Path, wanted: dict[str, tuple[int, ...]], have: dict[str, tuple[int, ...]]) -> None:
     for key in sorted(wanted.keys() | have.keys()):
         if wanted.get(key) != have.get(key) and (key in wanted or "lm_head" not in key):  # a tied head may be stored
             raise UserError(f"{folder}: the model has {key} of shape {wanted.get(key)}, its files {have.get(key)}.")

@@ -1,9 +1,10 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Publish a gated checkpoint, or an adapter, on the Hub.
 
-It is checked first: complete, without secrets, and loading in a fresh process that cannot import this package. What is
-sent is listed; --dry-run stops there. Numbers that `gated-llama inspect BASE --compare FOLDER --text … --out
-FOLDER/inspection` left there go into the card. The token is the one that `hf auth login` stored, or HF_TOKEN.
+It is checked first: complete, without secrets, and loading in a fresh process that cannot import this package (an
+adapter: fitting the base that it names). What is sent is listed; --dry-run stops there. Numbers that
+`gated-llama inspect BASE --compare FOLDER --text … --out FOLDER/inspection` left there go into the card. The token is
+the one that `hf auth login` stored, or HF_TOKEN.
 """
 
 import argparse
@@ -26,12 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from gated_llama.loading import is_adapter
     from gated_llama.publish import check_loads, contents_to_publish, loading_snippet, publish, sizes_of
 
     files = sizes_of(contents_to_publish(args.folder, base=args.base))
-    if not is_adapter(args.folder):
-        check_loads(args.folder, trust_remote_code=args.trust_remote_code)
+    check_loads(args.folder, trust_remote_code=args.trust_remote_code)
     for name, size in files.items():
         print(f"{size / 1e6:12,.3f} MB  {name}")
     print(f"{sum(files.values()) / 1e6:12,.3f} MB  in {len(files)} files")

@@ -149,6 +149,21 @@ model = AutoPeftModelForCausalLM.from_pretrained("org/adapter", trust_remote_cod
     assert own["base_model_name_or_path"] == str(gated)
     assert torch.equal(torch.load(tmp_path / "x.pt"), model.eval()(token_ids()).logits)
 
+    check_loads(tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    gate = next(key for key in weights if "attn_gate" in key)
+    save_file({**weights, gate: weights[gate][1:].clone()}, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"attn_gate\.proj\.weight of shape"):
+        check_loads(tmp_path / "adapter")
+    own["base_model_name_or_path"] = str(tmp_path / "source")  # which has no gates
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(own))
+    with pytest.raises(UserError, match=r"adapter: the model has .*attn_gate\.proj\.weight of shape None"):
+        check_loads(tmp_path / "adapter")
+    own["base_model_name_or_path"] = str(tmp_path / "nowhere")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(own))
+    with pytest.raises(UserError, match="cannot be put on its base"):
+        check_loads(tmp_path / "adapter")
+
 
 def test_what_does_not_load_elsewhere_is_refused(gated):
     code = gated / "modeling_gated.py"
