@@ -304,7 +304,8 @@ def with_measurements(card: str, measured: list[dict]) -> str:
         length=measured[0]["length"],
         table="\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows),
     )
-    card.text = before + (generated.replace(CITATION, section + CITATION) or f"\n\n{section}") + after
+    place = CITATION if CITATION in generated else END
+    card.text = before + (generated.replace(place, section + place) or f"\n\n{section}") + after
     return str(card)
 
 
