@@ -26,10 +26,9 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gated_llama.convert import convert_checkpoint, shapes_of
-from measured import circumstances, run_measured, seconds_of, summary
+from measured import RESULTS, append_record, circumstances, run_measured, seconds_of, summary
 
 
-RESULTS = Path(__file__).parent / "results"
 CONVERT = [sys.executable, "-m", "gated_llama.scripts.cli", "convert", "--no-verify", "--quiet", "--force"]
 LOAD_AND_SAVE = """
 import sys
@@ -154,9 +153,7 @@ def main() -> None:
         "ratio_to_load_and_save": saving_ratio,
         **circumstances(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / "convert.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+    append_record(RESULTS / "convert.jsonl", record)
 
 
 if __name__ == "__main__":

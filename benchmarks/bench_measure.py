@@ -9,10 +9,8 @@ benchmarks/results/.
 """
 
 import argparse
-import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -20,11 +18,8 @@ from transformers import LlamaConfig
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama import measure
-from measured import circumstances, run_measured, seconds_of, summary
+from measured import RESULTS, append_record, circumstances, run_measured, seconds_of, summary
 from modeling_gated import GatedLlamaForCausalLM
-
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Tokenizer:
@@ -119,8 +114,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         **circumstances(),
     }
-    with open(RESULTS / "measure.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append_record(RESULTS / "measure.jsonl", record)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ full width, and are few. Writes one JSON line to benchmarks/results/; speed_tabl
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from contestants import (
     loss_of,
     make_contestants,
 )
-from measured import circumstances, peak_of, run_measured, seconds_of, summary
+from measured import append_record, circumstances, peak_of, run_measured, seconds_of, summary
 
 
 CONTEXT = 128  # tokens in the cache when decoding begins
@@ -318,8 +317,7 @@ def main() -> None:
     gpu = {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
     threads = torch.get_num_threads()
     record = {"benchmark": "speed", "on": args.device, **measured, **circumstances(), **gpu, "threads": threads}
-    with open(speed_table.RECORDS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append_record(speed_table.RECORDS, record)
 
 
 if __name__ == "__main__":

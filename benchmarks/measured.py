@@ -86,6 +86,11 @@ def read_records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def append_record(path: Path, record: dict) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def keep_record(path: Path, record: dict, *keys: str) -> None:
     """Add a line to the records of `path`, in place of an older one that has the same values at `keys`."""
     lines = [old for old in read_records(path) if any(old[key] != record[key] for key in keys)] + [record]

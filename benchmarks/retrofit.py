@@ -368,7 +368,7 @@ def train_base(name: str, task: Task, data: Triggers | Python, seed: int, device
     path, curve, windows = work / f"{name}-{seed}.pt", [], data.sample(*WINDOWS["curve"])
     every = max(1, task.steps // 20)
     if path.exists():
-        saved = torch.load(path, map_location=device, weights_only=False)
+        saved = torch.load(path, map_location=device, weights_only=True)
         if saved["task"] == asdict(task):
             curve = saved["curve"]
             for part, module in parts.items():
