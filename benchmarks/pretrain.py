@@ -2,11 +2,13 @@
 """
 From scratch: the same small Llama without gates, with headwise and with elementwise ones (σ, as in the paper), trained
 by the Trainer on equal tokens at rising learning rates. The text is the Python sources and documents of this machine,
-its vocabulary is made of it. Writes a table for people and one JSON line a run to benchmarks/results/.
+its vocabulary is made of it; or, where sinks are wanted at a size that a CPU can train, the trigger text of the
+retrofits. Writes a table for people and one JSON line a run to benchmarks/results/.
 
 Runs that are done, and the one that was stopped, are kept in --work: the same command goes on from there.
 
     python benchmarks/pretrain.py
+    python benchmarks/pretrain.py --data triggers --tokens 4096000 --rates 2.5e-3 5e-3 1e-2 2e-2 4e-2
     python benchmarks/pretrain.py --width 512 --layers 10 --tokens 5e8 --rates 1e-3 2e-3 4e-3 8e-3 --device cuda
 """
 
@@ -44,9 +46,11 @@ from gated_llama import UserError, measure
 from gated_llama.trainer import training_arguments
 from measured import RESULTS, circumstances, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
+from retrofit import DEEP, Tokenizer, Triggers
 
 
 RECORDS = RESULTS / "pretrain.jsonl"
+DATA = {"text": "Python sources and documents", "triggers": "Trigger text"}
 KINDS = ("ungated", "headwise", "elementwise")
 RATES = [1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2]
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
@@ -63,8 +67,9 @@ SINK, MASSIVE = 0.3, 100.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs share; everything else follows from the size asked for."""
+    """What all runs share; everything else follows from the data and size asked for."""
 
+    data: str  # "text" or "triggers"
     width: int
     layers: int
     tokens: int
@@ -75,10 +80,14 @@ class Plan:
 
     @property
     def length(self) -> int:
+        if self.data == "triggers":
+            return DEEP.length
         return 1024 if self.large else 128
 
     @property
     def vocabulary(self) -> int:
+        if self.data == "triggers":
+            return Triggers(DEEP).vocab
         return 8192 if self.large else 1024
 
     @property
@@ -100,7 +109,7 @@ class Plan:
             "num_attention_heads": heads,
             "num_key_value_heads": max(1, heads // 2),
             "max_position_embeddings": self.length,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.data == "text",
             "bos_token_id": 0,
             "eos_token_id": 1,
         }
@@ -147,8 +156,11 @@ def windows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -
     return torch.cat([torch.full((len(rows), 1), tokenizer.bos_token_id, dtype=rows.dtype), rows], dim=1)
 
 
-def prepare(plan: Plan, folder: Path) -> tuple[PreTrainedTokenizerFast, torch.Tensor, torch.Tensor]:
+def prepare(plan: Plan, folder: Path) -> tuple[PreTrainedTokenizerFast | Tokenizer, torch.Tensor, torch.Tensor]:
     """The tokenizer, windows to train on and held-out ones, made once and kept in `folder`."""
+    if plan.data == "triggers":
+        data = Triggers(DEEP)
+        return Tokenizer(), data.sample(plan.steps * plan.rows, seed=0), data.sample(256, seed=10**9)
     if not (folder / "windows.pt").exists():
         texts = documents(round(4.5 * plan.tokens) + 2_000_000)
         tokenizer = make_tokenizer(texts[:BPE_DOCUMENTS], plan.vocabulary)
@@ -340,7 +352,7 @@ def sizes(records: list[dict]) -> dict[tuple, list[dict]]:
     """The records of each size, of those rates and seeds that every kind of model was trained with."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for line in records:
-        groups[line["width"], line["layers"], line["tokens"], line["device"]].append(line)
+        groups[line["data"], line["width"], line["layers"], line["tokens"], line["device"]].append(line)
     whole = {}
     for size, lines in sorted(groups.items()):
         pairs = [{(line["rate"], line["seed"]) for line in lines if line["kind"] == kind} for kind in KINDS]
@@ -352,12 +364,13 @@ def sizes(records: list[dict]) -> dict[tuple, list[dict]]:
 def table(records: list[dict]) -> str:
     """The README's: for every size the goals, then the numbers."""
     parts = []
-    for (width, layers, tokens, device), lines in sizes(records).items():
+    for (data, width, layers, tokens, device), lines in sizes(records).items():
         parameters = {line["kind"]: f"{line['parameters']:,}" for line in lines}
         parameters = " / ".join(parameters[kind] for kind in KINDS)
         seeds = len({line["seed"] for line in lines})
         parts.append(
-            f"{layers} layers, {width} wide ({parameters} parameters), {tokens:,} tokens, {seeds} seeds, {device}:\n\n"
+            f"{DATA[data]}; {layers} layers, {width} wide ({parameters} parameters), {tokens:,} tokens, {seeds} seeds, "
+            f"{device}:\n\n"
             f"{goals_table(lines)}\n{results_table(lines)}"
         )
     return "\n" + "\n".join(parts) + "\n"
@@ -366,7 +379,7 @@ def table(records: list[dict]) -> str:
 def run_all(plan: Plan, args: argparse.Namespace) -> bool:
     """Whether every run is done; what is done is recorded."""
     ends = time.monotonic() + 60 * args.minutes
-    folder = args.work / f"{plan.width}-{plan.layers}-{plan.tokens}"
+    folder = args.work / f"{plan.data}-{plan.width}-{plan.layers}-{plan.tokens}"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, rows, held_out = prepare(plan, folder)
     cpu = args.device == "cpu"
@@ -399,12 +412,13 @@ def run_all(plan: Plan, args: argparse.Namespace) -> bool:
                 }
                 (own / "record.json").write_text(json.dumps(record))
                 shutil.rmtree(get_last_checkpoint(own) or "", ignore_errors=True)
-            keep_record(RECORDS, record, "kind", "rate", "seed", "width", "layers", "tokens", "device")
+            keep_record(RECORDS, record, "kind", "rate", "seed", *asdict(plan), "device")
     return True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=DATA, default="text", help="(default: text)")
     parser.add_argument("--width", type=int, default=64, help="hidden size (default: 64; from 256 on long windows)")
     parser.add_argument("--layers", type=int, default=3, help="(default: 3)")
     parser.add_argument("--tokens", type=float, default=3e5, help="tokens of each run (default: 3e5)")
@@ -416,12 +430,12 @@ def main() -> int:
         "--work", type=Path, default=Path("pretrain"), help="folder of unfinished runs (default: pretrain)"
     )
     args = parser.parse_args()
-    plan = Plan(args.width, args.layers, round(args.tokens))
+    plan = Plan(args.data, args.width, args.layers, round(args.tokens))
     done = run_all(plan, args)
     lines = [
         line
         for line in read_records(RECORDS)
-        if (line["width"], line["layers"], line["tokens"]) == (plan.width, plan.layers, plan.tokens)
+        if {key: line[key] for key in asdict(plan)} == asdict(plan)
     ]
     print(table(lines), end="")
     write_table("pretrain", table(read_records(RECORDS)))

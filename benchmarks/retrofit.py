@@ -72,6 +72,7 @@ TASKS = {
     "deep, elementwise": replace(DEEP, gate_type="elementwise"),
     "deep, no first token": replace(DEEP, data="bare triggers"),
     "python": Task("python", layers=8, width=640, heads=8, key_heads=4, length=512, batch=64, steps=20000, lr=3e-3),
+    "python, small": Task("python", layers=4, width=96, heads=4, key_heads=2, length=128, batch=16, steps=20000, lr=4e-3),
 }
 
 
@@ -191,9 +192,10 @@ class Triggers:
 class Python:
     """Python sources by a small byte-level BPE, cut at random places, behind a beginning-of-text token 0."""
 
-    def __init__(self, task: Task, vocab: int = 4096):
+    def __init__(self, task: Task):
         from tokenizers import ByteLevelBPETokenizer
 
+        vocab = 4096 if task.width >= 256 else 2048
         texts = list(python_sources(4 * task.steps * task.batch * task.length))
         tokenizer = ByteLevelBPETokenizer()
         tokenizer.train_from_iterator(texts[:1000], vocab_size=vocab, special_tokens=["<s>"], show_progress=False)

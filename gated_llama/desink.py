@@ -24,6 +24,7 @@ from gated_llama.gates import gate_modules
 
 
 LEAST_SHARE = 1e-3  # of its scale that a gate is asked to be; to be shut further would change nothing
+HIDDEN = 16.0  # how far a channel of the first token is below the states' range to be brought up to it
 MARGIN = 2.0  # nats by which the first token's key is to be less attractive than the mean of the others
 
 
@@ -72,7 +73,7 @@ def desink(
     """
     Edit `model` in place, a layer at a time, each on what the edited ones before it put out: the first token's key no
     longer attracts, by a rank-one edit of `k_proj`, and `attn_gate` does what the sink did. It takes no gradient, and
-    two forwards of `windows` a layer. Key heads without a sink, or whose gates would not fit, stay as they are.
+    two forwards of `windows` a layer. Key heads without a sink, or whose gates would not fit, compute what they did.
 
     Args:
         windows: token ids (B, T) without padding, each beginning as texts do; many more tokens than `hidden_size`.
@@ -151,6 +152,9 @@ def _move(
     seen = _Seen(model, windows, settings.batch_size, number)
     sinks = 1 - before[:, 1:].mean((0, 1))  # (N)
     chosen = (sinks.view(-1, groups) >= settings.min_sink).any(1)  # (K)
+    scale = _hidden_scale(seen.states)
+    _scale_channels(decoder_layers(model)[number], scale)
+    seen.states *= scale
     weight = attention.k_proj.weight.clone()
     _edit_keys(attention, seen, seen.others[number], chosen, settings)
     after = _Seen(model, windows, settings.batch_size).others[number] if chosen.any() else before
@@ -166,8 +170,30 @@ def _move(
     values = attention.v_proj(seen.states).unflatten(2, (-1, attention.head_dim)).norm(dim=3)  # (B, T, K)
     sizes = (values[:, 0].mean(0) / values[:, 1:].mean((0, 1))).repeat_interleave(groups)
     left = torch.where(moved, 1 - after[:, 1:].mean((0, 1)), sinks)
+    if not moved.any():
+        _scale_channels(decoder_layers(model)[number], 1 / scale)
     rows = zip(*(column.tolist() for column in (sinks, left, sizes, r2, errors, moved)), strict=True)
     return [HeadFit(number, head, *row) for head, row in enumerate(rows)]
+
+
+def _hidden_scale(states: torch.Tensor) -> torch.Tensor:
+    """
+    For each channel of the `states` (B, T, E) in which the first token has more than any other and still next to
+    nothing, the power of two that brings it up to their range; 1 for the others. A model may make a sink by hiding its first token from a layer, behind
+    norm weights near zero: then the key is 0, other logits are far below, and to write another key for what is left of
+    the state would take weights of hundreds, of which neither int8 nor bf16 makes good use.
+    """
+    first, rest = states[:, 0].abs().mean(0), states[:, 1:].abs().amax((0, 1))  # (E)
+    scale = (rest.max() / first).clamp_min(1).log2().floor().exp2()
+    return torch.where((first >= rest) & (first > 0) & (scale >= HIDDEN), scale, 1)
+
+
+def _scale_channels(layer: nn.Module, scale: torch.Tensor) -> None:
+    """Multiply what the layer's attention reads by `scale` (E), and divide what reads it: nothing else changes."""
+    attention = layer.self_attn
+    layer.input_layernorm.weight *= scale
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.attn_gate.proj):
+        linear.weight /= scale
 
 
 def _ridge(inputs: torch.Tensor, targets: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gated_llama.attention import watched
-from gated_llama.desink import Desink, desink
+from gated_llama.desink import Desink, _scale_channels, desink
 from gated_llama.errors import UserError
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, source_model, token_ids
@@ -36,10 +36,11 @@ def windows(count: int = 40) -> torch.Tensor:
 
 
 @torch.no_grad()
-def with_sinks(attraction: float = 1.5, **fields) -> GatedLlamaForCausalLM:
+def with_sinks(attraction: float = 1.5, hidden: bool = False, **fields) -> GatedLlamaForCausalLM:
     """
     One layer in fp64, with fewer tokens than channels. Keys tell the first token from the others and no more, and the
-    first token's value is zero. So p₀ is a function of the query's token, v₀ is 0, and the edit must be exact.
+    first token's value is zero. So p₀ is a function of the query's token, v₀ is 0, and the edit must be exact. Hidden,
+    the first token has a channel of its own, which the norm nearly takes away, and it is the other keys that repel.
     """
     fields = {
         "trained": False,
@@ -50,6 +51,10 @@ def with_sinks(attraction: float = 1.5, **fields) -> GatedLlamaForCausalLM:
     }
     model = gated_model(GatedLlamaForCausalLM, num_hidden_layers=1, **fields).double()
     layer, attention = model.model.layers[0], model.model.layers[0].self_attn
+    if hidden:
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[0] = torch.eye(model.config.hidden_size)[0]
+        layer.input_layernorm.weight[0] = 1e-4
     states = layer.input_layernorm(model.model.embed_tokens.weight)  # (V, E)
     is_first = torch.arange(len(states)) == 0
     # Their products with a state are 1 if it is the first token's, and 1 if it is another's; else 0.
@@ -57,7 +62,8 @@ def with_sinks(attraction: float = 1.5, **fields) -> GatedLlamaForCausalLM:
     attract = torch.zeros(attention.head_dim).double()
     attract[attention.head_dim // 2 - 1] = attraction * attention.head_dim**0.25  # a slow channel, which hardly rotates
     attention.q_proj.weight += torch.outer(attract.repeat(attention.config.num_attention_heads), other)
-    attention.k_proj.weight.copy_(torch.outer(attract.repeat(attention.config.num_key_value_heads), first))
+    keys = attract.repeat(attention.config.num_key_value_heads)
+    attention.k_proj.weight.copy_(torch.outer(-keys, other) if hidden else torch.outer(keys, first))
     attention.v_proj.weight -= torch.outer(attention.v_proj(states[0]), first)
     return model
 
@@ -137,6 +143,31 @@ def test_a_key_norm_blows_up_what_rounding_leaves_of_a_key_of_zero(dtype, size):
         keys = layer.self_attn.k_proj(layer.input_layernorm(model.model.embed_tokens.weight[:1])).view(2, -1)
         norms = layer.self_attn.k_norm(keys).norm(dim=1)
         assert (norms > least).all() and (norms < most).all()
+
+
+@torch.no_grad()
+def test_a_first_token_that_the_norm_hides_takes_no_large_weights(monkeypatch):
+    model = with_sinks(hidden=True)
+    before, largest = copy.deepcopy(model), {}
+    for name in ("scaled", "left hidden"):
+        edited = copy.deepcopy(model)
+        assert all(fit.moved and fit.sink > 0.3 for fit in desink(edited, windows(), EXACT))
+        assert difference(edited, before) < 1e-5
+        largest[name] = edited.model.layers[0].self_attn.k_proj.weight.abs().max().item()
+        monkeypatch.setattr("gated_llama.desink._hidden_scale", lambda states: torch.ones_like(states[0, 0]))
+    assert largest["scaled"] < 10 and largest["left hidden"] > 1e3
+
+
+@torch.no_grad()
+def test_to_scale_channels_changes_nothing_that_is_computed():
+    model = gated_model(GatedLlamaForCausalLM, use_qk_norm=True, attention_bias=True)
+    expected, layer = model(token_ids()).logits, model.model.layers[1]
+    scale = torch.ones(model.config.hidden_size)
+    scale[3], scale[7] = 2.0**14, 2.0
+    _scale_channels(layer, scale)
+    assert torch.equal(model(token_ids()).logits, expected)
+    layer.self_attn.attn_gate.proj.weight *= scale  # without what reads them they do
+    assert not torch.equal(model(token_ids()).logits, expected)
 
 
 @torch.no_grad()
