@@ -432,11 +432,7 @@ def main() -> int:
     args = parser.parse_args()
     plan = Plan(args.data, args.width, args.layers, round(args.tokens))
     done = run_all(plan, args)
-    lines = [
-        line
-        for line in read_records(RECORDS)
-        if {key: line[key] for key in asdict(plan)} == asdict(plan)
-    ]
+    lines = [line for line in read_records(RECORDS) if {key: line[key] for key in asdict(plan)} == asdict(plan)]
     print(table(lines), end="")
     write_table("pretrain", table(read_records(RECORDS)))
     if not done:

@@ -31,6 +31,7 @@ from gated_llama import gate_parameter_groups, measure
 from gated_llama.attention import watched
 from gated_llama.desink import Desink, desink
 from gated_llama.diagnose import decoder_layers
+from gated_llama.fold import fold_first_token
 from gated_llama.gates import gate_modules, gate_parameters
 from measured import RESULTS, ROOT, circumstances, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
@@ -72,7 +73,9 @@ TASKS = {
     "deep, elementwise": replace(DEEP, gate_type="elementwise"),
     "deep, no first token": replace(DEEP, data="bare triggers"),
     "python": Task("python", layers=8, width=640, heads=8, key_heads=4, length=512, batch=64, steps=20000, lr=3e-3),
-    "python, small": Task("python", layers=4, width=96, heads=4, key_heads=2, length=128, batch=16, steps=20000, lr=4e-3),
+    "python, small": Task(
+        "python", layers=4, width=96, heads=4, key_heads=2, length=128, batch=16, steps=30000, lr=4e-3
+    ),
 }
 
 
@@ -83,13 +86,15 @@ class Recipe:
     gates: bool = True  # trained, or frozen as they are
     teacher: bool = False  # the KL divergence from the base, a frozen second copy, in place of the loss on the text
     penalty: str = ""  # "outliers" or "attention"
+    fold: bool = False  # the first token's massive activations
     lora: bool = False
 
 
 BASE = "base"
-REFERENCE = "plain, gates frozen open (no gates)"
+REFERENCE, LONG_REFERENCE = (f"plain, gates frozen open (no gates){tokens}" for tokens in ("", ", 10 times the tokens"))
 RECIPES = {
     REFERENCE: Recipe(gates=False),
+    LONG_REFERENCE: Recipe(gates=False, tokens=10),
     "plain, gates trained": Recipe(),
     "plain, gates trained, 10 times the tokens": Recipe(tokens=10),
     "LoRA, gates trained": Recipe(lora=True),
@@ -102,6 +107,9 @@ RECIPES = {
     "sink moved, healed by LoRA": Recipe("sink", lora=True),
     "sink moved, healed, attention penalty": Recipe("sink", penalty="attention"),
     "sink moved, healed, outlier penalty": Recipe("sink", penalty="outliers"),
+    "first token folded": Recipe(tokens=0, fold=True),
+    "sink moved, first token folded": Recipe("sink", tokens=0, fold=True),
+    "sink moved, first token folded, healed, attention penalty": Recipe("sink", penalty="attention", fold=True),
     "KL, outlier penalty, gates frozen open": Recipe(teacher=True, penalty="outliers", gates=False),
     "KL, outlier penalty": Recipe(teacher=True, penalty="outliers"),
     "KL, outlier penalty, 10 times the tokens": Recipe(teacher=True, penalty="outliers", tokens=10),
@@ -399,6 +407,8 @@ def retrofit(base: nn.Module, name: str, recipe: Recipe, task: Task, data: Trigg
         desink(model, data.sample(*WINDOWS["calibration"]), settings)
     if recipe.edit == "key":
         open_gates(model)
+    if recipe.fold:
+        fold_first_token(model, data.sample(*WINDOWS["calibration"]))
     curve.append((0, *glance(model, data, windows)))
     if not recipe.tokens:
         return model, curve
@@ -471,13 +481,14 @@ def records_of(name: str) -> list[dict]:
 
 
 def compared(records: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """By recipe what is compared, a number a seed: ratios to the base, and to training it without gates."""
+    """By recipe what is compared, a number a seed: ratios to the base, and to as much training of it without gates."""
     found = {(record["seed"], record["recipe"]): record["measured"] for record in records}
     rows: dict[str, dict[str, list[float]]] = {}
     for (seed, recipe), now in sorted(found.items()):
-        if (seed, BASE) not in found or (seed, REFERENCE) not in found:
+        reference = LONG_REFERENCE if recipe != BASE and RECIPES[recipe].tokens > 1 else REFERENCE
+        if (seed, BASE) not in found or (seed, reference) not in found:
             continue
-        base, reference = found[seed, BASE], found[seed, REFERENCE]
+        base, reference = found[seed, BASE], found[seed, reference]
         values = {
             "attention": now["first-token attention, idle queries"],
             "attention ratio": now["first-token attention"] / base["first-token attention"],

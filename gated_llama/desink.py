@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from gated_llama.attention import watched
 from gated_llama.diagnose import decoder_layers
 from gated_llama.errors import UserError
+from gated_llama.fold import separating, with_ridge
 from gated_llama.gates import gate_modules
 
 
@@ -37,7 +38,7 @@ class HeadFit:
     sink: float  # mean p₀ before, without the first token's own query
     sink_left: float  # … and after
     value_size: float  # |v₀| over the mean |v| of the other tokens
-    r2: float  # of the regression of the gate's logits
+    r2: float  # of the gates' regression
     gate_error: float  # mean |gate − what it should be|
     moved: bool
 
@@ -109,14 +110,16 @@ class _Seen:
     """
     What passes through `model` on `windows` (B, T): `others` (L, B, T, N), the attention mass 1 − p₀ that queries give
     other tokens than the first. Of one `layer` also what q, k, v and the gate read, `states` (B, T, E), the `queries`
-    (B, N, T, H) as they meet the keys, and the first token's `key` (B, K, H).
+    (B, N, T, H) as they meet the keys, the first token's `key` (B, K, H), and the `outputs` (B, T, N, H) before gates.
     """
 
     def __init__(self, model: PreTrainedModel, windows: torch.Tensor, batch_size: int, layer: int | None = None):
         self.others = torch.ones(
             model.config.num_hidden_layers, *windows.shape, model.config.num_attention_heads, device=model.device
         )
+        self.layer = layer
         self.seen: dict[str, list[torch.Tensor]] = {"states": [], "queries": [], "key": []}
+        self.outputs = None
         with ExitStack() as stack:
             stack.enter_context(watched(model, self._see_attention))
             if layer is not None:
@@ -132,6 +135,10 @@ class _Seen:
             # Their sum and not 1 − p₀, of which a strong sink leaves nothing in fp32.
             others = weights[:, :, :, 1:].sum(3).transpose(1, 2)
             self.others[layer, self.rows, start : start + weights.shape[2]] = others
+        if layer == self.layer:
+            if self.outputs is None:
+                self.outputs = output.new_empty(*self.others.shape[1:], output.shape[3])
+            self.outputs[self.rows, start : start + output.shape[2]] = output.transpose(1, 2)
 
     def _see_layer(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         states = kwargs["hidden_states"]
@@ -157,12 +164,13 @@ def _move(
     seen.states *= scale
     weight = attention.k_proj.weight.clone()
     _edit_keys(attention, seen, seen.others[number], chosen, settings)
-    after = _Seen(model, windows, settings.batch_size).others[number] if chosen.any() else before
+    edited = _Seen(model, windows, settings.batch_size, number) if chosen.any() else seen
+    after = edited.others[number]
 
     # What is left of a sink goes on doing its part, so the gate does the rest.
     wanted = before / after.clamp_min(LEAST_SHARE)  # (B, T, N)
     wanted[:, 0] = 1  # a token that sees nothing but itself loses nothing
-    written, r2, errors = _fit_gates(attention.attn_gate, seen.states, wanted, settings.ridge)
+    written, r2, errors = _fit_gates(attention.attn_gate, edited.states, edited.outputs, wanted, settings.ridge)
     good = chosen & (errors.view(-1, groups) <= settings.max_error).all(1)
     _keep(attention, good, weight, *written)
 
@@ -196,24 +204,13 @@ def _scale_channels(layer: nn.Module, scale: torch.Tensor) -> None:
         linear.weight /= scale
 
 
-def _ridge(inputs: torch.Tensor, targets: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Least squares: the (…, I, O) that takes `inputs` (…, M, I) nearest to `targets` (…, M, O)."""
-    second = inputs.mT @ inputs
-    second.diagonal(dim1=-2, dim2=-1).add_(ridge * second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))
-    return torch.linalg.solve(second, inputs.mT @ targets)
-
-
 def _edit_keys(attention: nn.Module, seen: _Seen, others: torch.Tensor, chosen: torch.Tensor, settings: Desink) -> None:
     """
-    Give the first token another key in the `chosen` (K) key heads: W − (W x₀ − y)·uᵀ makes the state x₀ into y, and
-    of all u with u·x₀ = 1 this is the one that is smallest on the states of other tokens.
+    Give the first token another key in the `chosen` (K) key heads: W − (W x₀ − y)·uᵀ makes the state x₀ into y.
     """
     linear = attention.k_proj
     first, rest = seen.states[:, 0].double().mean(0), seen.states[:, 1:].flatten(0, 1).double()
-    second = rest.T @ rest / len(rest)
-    second.diagonal().add_(settings.ridge * second.diagonal().mean())
-    direction = torch.linalg.solve(second, first)  # (E)
-    direction = direction / (direction @ first)
+    direction = separating(first, with_ridge(rest.T @ rest / len(rest), settings.ridge))  # (E)
     key = linear.weight.double() @ first + (0 if linear.bias is None else linear.bias.double())
     key = key.view(-1, attention.head_dim)  # (K, H)
     wanted = torch.zeros_like(key) if settings.key == "zero" else _fitted_key(attention, seen, others, settings.ridge)
@@ -259,25 +256,48 @@ def _is_normed(attention: nn.Module) -> bool:
 
 
 def _fit_gates(
-    gate: nn.Module, states: torch.Tensor, wanted: torch.Tensor, ridge: float
+    gate: nn.Module, states: torch.Tensor, outputs: torch.Tensor, wanted: torch.Tensor, ridge: float
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
     """
+    Least squares of what heads with the `outputs` (B, T, N, H) put out behind their gates: first of the logits, which
+    has a solution in closed form, and from there of the gates, weighted by the outputs' squares.
+
     Returns:
         Weight and bias with which the gates of `states` (B, T, E) come nearest to `wanted` (B, T, N) times what they
-        are, in the least-squares sense of their logits; R² (N); mean |gate − wanted| (N).
+        are; R² of the gates (N); mean |gate − wanted| (N).
     """
-    inputs = states.flatten(0, 1).double()  # (B·T, E)
     shares = gate(states).double().unflatten(2, (wanted.shape[2], -1)) * wanted[..., None] / gate.scale  # (B, T, N, G)
+    sizes = outputs.double().square()
+    sizes = (sizes if shares.shape[3] > 1 else sizes.sum(3, keepdim=True)).flatten(2).flatten(0, 1)  # (B·T, N·G)
+    sizes /= sizes.mean(0).clamp_min(1e-12)
     shares = shares.clamp(LEAST_SHARE, 1 - LEAST_SHARE).flatten(2).flatten(0, 1)  # (B·T, N·G)
+
+    inputs = states.flatten(0, 1).double()  # (B·T, E)
+    mean = inputs.mean(0)
+    inputs = inputs - mean
+    root = torch.linalg.cholesky(with_ridge(inputs.T @ inputs / len(inputs), ridge))
+    white = torch.linalg.solve_triangular(root, inputs.T, upper=False).T  # (B·T, E), of variance 1
     logits = shares.logit()
-    mean, means = inputs.mean(0), logits.mean(0)
-    weight = _ridge(inputs - mean, logits - means, ridge)  # (E, N·G)
-    bias = means - mean @ weight
-    fitted = inputs @ weight + bias
-    r2 = 1 - (fitted - logits).square().sum(0) / (logits - means).square().sum(0).clamp_min(1e-12)
-    errors = gate.scale * (fitted.sigmoid() - shares).abs().mean(0)
+    bias = logits.mean(0).requires_grad_()
+    weight = (white.T @ (logits - logits.mean(0)) / len(white)).requires_grad_()  # (E, N·G)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
+
+    def error() -> torch.Tensor:
+        optimizer.zero_grad()
+        gates = torch.sigmoid(white @ weight + bias)
+        value = (sizes * (gates - shares).square()).mean(0).sum() + ridge / 16 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(error)
+    weight, bias = weight.detach(), bias.detach()
+    found = torch.sigmoid(white @ weight + bias)
+    r2 = 1 - (found - shares).square().sum(0) / (shares - shares.mean(0)).square().sum(0).clamp_min(1e-12)
+    errors = gate.scale * (found - shares).abs().mean(0)
     r2, errors = (values.unflatten(0, (wanted.shape[2], -1)).mean(1) for values in (r2, errors))
-    return (weight.T, bias), r2, errors
+    weight = torch.linalg.solve_triangular(root.T, weight, upper=True)
+    return (weight.T, bias - mean @ weight), r2, errors
 
 
 def _keep(
