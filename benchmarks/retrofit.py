@@ -516,7 +516,7 @@ def table(records: list[dict]) -> str:
     for name, row in compared(records).items():
         losses = [shown(row[what], "+.2f") + " %" for what in ("loss", "loss, gates open")]
         ratios = [shown(row[what], ".2f") for what in ("attention ratio", "activation ratio")]
-        lines.append(f"| {' | '.join([name, *ratios, *losses, shown(row['quantized'], '.3f')])} |")
+        lines.append(f"| {' | '.join([name, *ratios, *losses, shown(row['quantized'], '.4f')])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Move the attention sink into the gate, in closed form.
+Move the attention sink into the gate, without training.
 
 Let p₀ be a head's attention mass on the first token, v₀ that token's value, and o′ the head's output over the other
 tokens alone. Its output is o = (1 − p₀)·o′ + p₀·v₀. So but for v₀, which is small where there is a sink, a head that
@@ -62,7 +62,7 @@ class Desink:
 
     key: str = "fitted"
     min_sink: float = 0.1
-    max_error: float = 0.2
+    max_error: float = 0.3
     ridge: float = 1e-3
     batch_size: int = 8
 
@@ -73,8 +73,8 @@ def desink(
 ) -> list[HeadFit]:
     """
     Edit `model` in place, a layer at a time, each on what the edited ones before it put out: the first token's key no
-    longer attracts, by a rank-one edit of `k_proj`, and `attn_gate` does what the sink did. It takes no gradient, and
-    two forwards of `windows` a layer. Key heads without a sink, or whose gates would not fit, compute what they did.
+    longer attracts, by a rank-one edit of `k_proj`, and `attn_gate` does what the sink did, by a regression on what it
+    reads. It takes no gradient through the model, and two forwards of `windows` a layer. Key heads without a sink, or whose gates would not fit, compute what they did.
 
     Args:
         windows: token ids (B, T) without padding, each beginning as texts do; many more tokens than `hidden_size`.
@@ -187,9 +187,9 @@ def _move(
 def _hidden_scale(states: torch.Tensor) -> torch.Tensor:
     """
     For each channel of the `states` (B, T, E) in which the first token has more than any other and still next to
-    nothing, the power of two that brings it up to their range; 1 for the others. A model may make a sink by hiding its first token from a layer, behind
-    norm weights near zero: then the key is 0, other logits are far below, and to write another key for what is left of
-    the state would take weights of hundreds, of which neither int8 nor bf16 makes good use.
+    nothing, the power of two that brings it up to their range; 1 for the others. A model may make a sink by hiding its
+    first token behind norm weights near zero: then its key is 0 while other logits are far below. To write another key
+    for what is left of its state takes weights of hundreds, which int8 and bf16 make ill use of.
     """
     first, rest = states[:, 0].abs().mean(0), states[:, 1:].abs().amax((0, 1))  # (E)
     scale = (rest.max() / first).clamp_min(1).log2().floor().exp2()
@@ -205,9 +205,7 @@ def _scale_channels(layer: nn.Module, scale: torch.Tensor) -> None:
 
 
 def _edit_keys(attention: nn.Module, seen: _Seen, others: torch.Tensor, chosen: torch.Tensor, settings: Desink) -> None:
-    """
-    Give the first token another key in the `chosen` (K) key heads: W − (W x₀ − y)·uᵀ makes the state x₀ into y.
-    """
+    """Give the first token another key in the `chosen` (K) key heads: W − (W x₀ − y)·uᵀ makes the state x₀ into y."""
     linear = attention.k_proj
     first, rest = seen.states[:, 0].double().mean(0), seen.states[:, 1:].flatten(0, 1).double()
     direction = separating(first, with_ridge(rest.T @ rest / len(rest), settings.ridge))  # (E)
