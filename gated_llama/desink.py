@@ -74,7 +74,8 @@ def desink(
     """
     Edit `model` in place, a layer at a time, each on what the edited ones before it put out: the first token's key no
     longer attracts, by a rank-one edit of `k_proj`, and `attn_gate` does what the sink did, by a regression on what it
-    reads. It takes no gradient through the model, and two forwards of `windows` a layer. Key heads without a sink, or whose gates would not fit, compute what they did.
+    reads. It takes no gradient through the model, and two forwards of `windows` a layer. Key heads without a sink, or
+    whose gates would not fit, compute what they did.
 
     Args:
         windows: token ids (B, T) without padding, each beginning as texts do; many more tokens than `hidden_size`.

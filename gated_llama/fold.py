@@ -47,8 +47,8 @@ def fold_first_token(
     """
     if (windows[:, 0] != windows[0, 0]).any():
         raise UserError(
-            "the windows begin with different tokens, whose states are not constant: let each begin with the token that "
-            "texts begin with (a model without one cannot be folded)."
+            "the windows begin with different tokens, whose states are not constant: let each begin with the "
+            "beginning-of-text token (a model without one cannot be folded)."
         )
     layers = decoder_layers(model)
     wanted = [moments.first for moments in _see(model, windows[:1], 1, *layers)]  # (E) each
