@@ -46,7 +46,7 @@ from gated_llama import UserError, measure
 from gated_llama.trainer import training_arguments
 from measured import RESULTS, circumstances, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
-from retrofit import DEEP, Tokenizer, Triggers
+from retrofit import DEEP, LETTERS, Tokenizer, Triggers
 
 
 RECORDS = RESULTS / "pretrain.jsonl"
@@ -87,7 +87,7 @@ class Plan:
     @property
     def vocabulary(self) -> int:
         if self.data == "triggers":
-            return Triggers(DEEP).vocab
+            return 1 + DEEP.kinds + LETTERS
         return 8192 if self.large else 1024
 
     @property
@@ -109,7 +109,7 @@ class Plan:
             "num_attention_heads": heads,
             "num_key_value_heads": max(1, heads // 2),
             "max_position_embeddings": self.length,
-            "tie_word_embeddings": self.data == "text",
+            "tie_word_embeddings": self.data == "text",  # the retrofits' bases, which have sinks, have untied ones
             "bos_token_id": 0,
             "eos_token_id": 1,
         }
@@ -159,8 +159,11 @@ def windows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -
 def prepare(plan: Plan, folder: Path) -> tuple[PreTrainedTokenizerFast | Tokenizer, torch.Tensor, torch.Tensor]:
     """The tokenizer, windows to train on and held-out ones, made once and kept in `folder`."""
     if plan.data == "triggers":
-        data = Triggers(DEEP)
-        return Tokenizer(), data.sample(plan.steps * plan.rows, seed=0), data.sample(256, seed=10**9)
+        if not (folder / "windows.pt").exists():
+            data = Triggers(DEEP)
+            rows = data.sample(plan.steps * plan.rows, seed=0)
+            torch.save((rows, data.sample(256, seed=10**9)), folder / "windows.pt")
+        return Tokenizer(), *torch.load(folder / "windows.pt")
     if not (folder / "windows.pt").exists():
         texts = documents(round(4.5 * plan.tokens) + 2_000_000)
         tokenizer = make_tokenizer(texts[:BPE_DOCUMENTS], plan.vocabulary)
@@ -412,7 +415,7 @@ def run_all(plan: Plan, args: argparse.Namespace) -> bool:
                 }
                 (own / "record.json").write_text(json.dumps(record))
                 shutil.rmtree(get_last_checkpoint(own) or "", ignore_errors=True)
-            keep_record(RECORDS, record, "kind", "rate", "seed", *asdict(plan), "device")
+            keep_record(RECORDS, record, "kind", "rate", "seed", "data", "width", "layers", "tokens", "device")
     return True
 
 

@@ -450,13 +450,12 @@ def run(args: argparse.Namespace) -> None:
     sizes = ("layers", "width", "heads", "length", "batch", "steps")
     task = replace(TASKS[args.task], **{size: getattr(args, size) for size in sizes if getattr(args, size)})
     data = Python(task) if task.data == "python" else Triggers(task)
+    recipes = [name for name in args.recipes if not (RECIPES[name].fold and task.data == "bare triggers")]
     torch.set_float32_matmul_precision("high")  # on GPUs
     args.work.mkdir(parents=True, exist_ok=True)
     config = config_of(task)
     for seed in args.seeds:
-        entries = [
-            {"task": args.task, "seed": seed, "recipe": name, "config": config} for name in (BASE, *args.recipes)
-        ]
+        entries = [{"task": args.task, "seed": seed, "recipe": name, "config": config} for name in (BASE, *recipes)]
         done = [{key: record[key] for key in entries[0]} for record in read_records(RECORDS)]
         entries = [entry for entry in entries if entry not in done]
         if not entries:
@@ -485,10 +484,10 @@ def compared(records: list[dict]) -> dict[str, dict[str, list[float]]]:
     found = {(record["seed"], record["recipe"]): record["measured"] for record in records}
     rows: dict[str, dict[str, list[float]]] = {}
     for (seed, recipe), now in sorted(found.items()):
-        reference = LONG_REFERENCE if recipe != BASE and RECIPES[recipe].tokens > 1 else REFERENCE
-        if (seed, BASE) not in found or (seed, reference) not in found:
+        long = recipe in RECIPES and RECIPES[recipe].tokens > 1
+        base, reference = found.get((seed, BASE)), found.get((seed, LONG_REFERENCE if long else REFERENCE))
+        if base is None or reference is None:
             continue
-        base, reference = found[seed, BASE], found[seed, reference]
         values = {
             "attention": now["first-token attention, idle queries"],
             "attention ratio": now["first-token attention"] / base["first-token attention"],

@@ -20,12 +20,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from gated_llama.attention import watched
 from gated_llama.diagnose import decoder_layers
 from gated_llama.errors import UserError
-from gated_llama.fold import separating, with_ridge
 from gated_llama.gates import gate_modules
+from gated_llama.rank_one import add, check, separating, with_ridge
 
 
 LEAST_SHARE = 1e-3  # of its scale that a gate is asked to be; to be shut further would change nothing
-HIDDEN = 16.0  # how far a channel of the first token is below the states' range to be brought up to it
+HIDDEN = 16.0  # so many times below the size of states is the first token in a channel that hides it
+STEEPEST = 1 / 4  # slope of a sigmoid: an error of its logit is one of at most this share in its value
 MARGIN = 2.0  # nats by which the first token's key is to be less attractive than the mean of the others
 
 
@@ -38,8 +39,8 @@ class HeadFit:
     sink: float  # mean p₀ before, without the first token's own query
     sink_left: float  # … and after
     value_size: float  # |v₀| over the mean |v| of the other tokens
-    r2: float  # of the gates' regression
-    gate_error: float  # mean |gate − what it should be|
+    r2: float  # of the gates' regression, weighted by what is gated, squared; 0 where none was asked for
+    gate_error: float  # mean |gate − what it should be|, so weighted
     moved: bool
 
 
@@ -53,8 +54,8 @@ class Desink:
             other keys do on average, in the least-squares sense; or `"zero"`, which attracts every query with a logit
             of 0, and stays a sink where the other logits are far below.
         min_sink: mean p₀ from which on a head has a sink.
-        max_error: the mean |gate − what it should be| up to which a gate fits. A key head is edited if one of its query
-            heads has a sink and the gates of all of them fit.
+        max_error: the `gate_error` up to which a gate fits. A key head is edited if one of its query heads has a sink
+            and the gates of all of them fit.
         ridge: of all regressions, as a share of the inputs' mean square. The smaller, the less other keys change, and
             the larger the weights that the edit writes.
         batch_size: windows at once.
@@ -84,11 +85,12 @@ def desink(
         A fit for each head, layer by layer.
 
     Raises:
-        UserError: the model's gates cannot be written.
+        UserError: the model's gates cannot be written, or its layers cannot be edited.
     """
     settings = settings or Desink()
     _check(model, windows, settings)
-    before = _Seen(model, windows, settings.batch_size).others
+    model.eval()
+    before = _attention_on_others(model, windows, settings.batch_size)
     fits = []
     for number in tqdm(range(len(before)), desc="moving sinks", unit=" layers", disable=not progress):
         fits += _move(model, windows, number, before[number], settings)
@@ -103,86 +105,119 @@ def _check(model: PreTrainedModel, windows: torch.Tensor, settings: Desink) -> N
         raise UserError("the gates act at a part of their strength: call model.set_gate_strength(1) first.")
     if settings.key not in ("fitted", "zero"):
         raise UserError(f"the first token's key can become 'fitted' or 'zero', not {settings.key!r}.")
-    if windows.shape[1] < 3:
-        raise UserError(f"windows of {windows.shape[1]} tokens are too short for a sink: take at least 3.")
+    linears = [f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "attn_gate.proj")]
+    check(model, windows, linears, model.config.hidden_size)
+
+
+def _attention_on_others(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The attention mass 1 − p₀ that queries of each layer give other tokens than the first, (L, B, T, N)."""
+    others = torch.ones(
+        model.config.num_hidden_layers, *windows.shape, model.config.num_attention_heads, device=model.device
+    )
+
+    def see(layer: int, start: int, first: int, weights: torch.Tensor, output: torch.Tensor) -> None:
+        others[layer, rows, start : start + weights.shape[2]] = _others(weights, first)
+
+    with watched(model, see):
+        for begin in range(0, len(windows), batch_size):
+            rows = slice(begin, begin + batch_size)
+            model.get_decoder()(windows[rows].to(model.device), use_cache=False)
+    return others
+
+
+def _others(weights: torch.Tensor, first: int) -> torch.Tensor:
+    """
+    Of attention weights (B, N, queries, keys) from key `first` on, what queries give other keys than the first of all,
+    (B, queries, N): their sum and not 1 − p₀, of which a strong sink leaves nothing in fp32.
+    """
+    others = weights if first else weights[:, :, :, 1:]  # a sliding window leaves the first token behind
+    return others.sum(3).transpose(1, 2)
 
 
 class _Seen:
     """
-    What passes through `model` on `windows` (B, T): `others` (L, B, T, N), the attention mass 1 − p₀ that queries give
-    other tokens than the first. Of one `layer` also what q, k, v and the gate read, `states` (B, T, E), the `queries`
-    (B, N, T, H) as they meet the keys, the first token's `key` (B, K, H), and the `outputs` (B, T, N, H) before gates.
+    What passes through layer `number` of `model` on `windows` (B, T): what q, k, v and the gate read, `states` (B, T,
+    E), the `queries` (B, N, T, H) as they meet the keys, the first token's `key` (B, K, H), the attention mass `others`
+    (B, T, N) that queries give other tokens than the first, and the `outputs` (B, T, N, H) before gates.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: torch.Tensor, batch_size: int, layer: int | None = None):
-        self.others = torch.ones(
-            model.config.num_hidden_layers, *windows.shape, model.config.num_attention_heads, device=model.device
-        )
-        self.layer = layer
-        self.seen: dict[str, list[torch.Tensor]] = {"states": [], "queries": [], "key": []}
-        self.outputs = None
+    def __init__(self, model: PreTrainedModel, windows: torch.Tensor, number: int, batch_size: int):
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("states", "queries", "key", "others", "outputs")}
+
+        def see_layer(attention: nn.Module, args: tuple, kwargs: dict) -> None:
+            states = kwargs["hidden_states"]
+            shape = (*states.shape[:2], -1, attention.head_dim)
+            queries = attention.q_norm(attention.q_proj(states).view(shape)).transpose(1, 2)
+            keys = attention.k_norm(attention.k_proj(states).view(shape)).transpose(1, 2)
+            queries, keys = apply_rotary_pos_emb(queries, keys, *kwargs["position_embeddings"])
+            for name, value in (("states", states), ("queries", queries), ("key", keys[:, :, 0])):
+                parts[name].append(value)
+
+        def see_attention(layer: int, start: int, first: int, weights: torch.Tensor, output: torch.Tensor) -> None:
+            if layer == number:  # blocks of queries, of each batch from the first on
+                blocks.append((_others(weights, first), output.transpose(1, 2)))
+
         with ExitStack() as stack:
-            stack.enter_context(watched(model, self._see_attention))
-            if layer is not None:
-                attention = decoder_layers(model)[layer].self_attn
-                stack.callback(attention.register_forward_pre_hook(self._see_layer, with_kwargs=True).remove)
-            for start in range(0, len(windows), batch_size):
-                self.rows = slice(start, start + batch_size)
-                model.get_decoder()(windows[self.rows].to(model.device), use_cache=False)
-        self.states, self.queries, self.key = (torch.cat(parts) if parts else None for parts in self.seen.values())
-
-    def _see_attention(self, layer: int, start: int, first: int, weights: torch.Tensor, output: torch.Tensor) -> None:
-        if first == 0:  # a sliding window leaves the first token behind
-            # Their sum and not 1 − p₀, of which a strong sink leaves nothing in fp32.
-            others = weights[:, :, :, 1:].sum(3).transpose(1, 2)
-            self.others[layer, self.rows, start : start + weights.shape[2]] = others
-        if layer == self.layer:
-            if self.outputs is None:
-                self.outputs = output.new_empty(*self.others.shape[1:], output.shape[3])
-            self.outputs[self.rows, start : start + output.shape[2]] = output.transpose(1, 2)
-
-    def _see_layer(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        states = kwargs["hidden_states"]
-        shape = (*states.shape[:2], -1, attention.head_dim)
-        queries = attention.q_norm(attention.q_proj(states).view(shape)).transpose(1, 2)
-        keys = attention.k_norm(attention.k_proj(states).view(shape)).transpose(1, 2)
-        queries, keys = apply_rotary_pos_emb(queries, keys, *kwargs["position_embeddings"])
-        for name, value in (("states", states), ("queries", queries), ("key", keys[:, :, 0])):
-            self.seen[name].append(value)
+            stack.enter_context(watched(model, see_attention))
+            attention = decoder_layers(model)[number].self_attn
+            stack.callback(attention.register_forward_pre_hook(see_layer, with_kwargs=True).remove)
+            for rows in windows.split(batch_size):
+                blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
+                model.get_decoder()(rows.to(model.device), use_cache=False)
+                for name, values in zip(("others", "outputs"), zip(*blocks, strict=True), strict=True):
+                    parts[name].append(torch.cat(values, dim=1))
+        self.states, self.queries, self.key, self.others, self.outputs = (torch.cat(part) for part in parts.values())
 
 
 def _move(
     model: PreTrainedModel, windows: torch.Tensor, number: int, before: torch.Tensor, settings: Desink
 ) -> list[HeadFit]:
     """Edit layer `number`, whose queries gave other tokens than the first the attention `before` (B, T, N)."""
-    attention = decoder_layers(model)[number].self_attn
-    groups = attention.num_key_value_groups
-    seen = _Seen(model, windows, settings.batch_size, number)
+    layer = decoder_layers(model)[number]
+    attention, groups = layer.self_attn, layer.self_attn.num_key_value_groups
+    seen = _Seen(model, windows, number, settings.batch_size)
+    values = attention.v_proj(seen.states).unflatten(2, (-1, attention.head_dim)).norm(dim=3)  # (B, T, K)
+    sizes = (values[:, 0].mean(0) / values[:, 1:].mean((0, 1))).repeat_interleave(groups)
     sinks = 1 - before[:, 1:].mean((0, 1))  # (N)
     chosen = (sinks.view(-1, groups) >= settings.min_sink).any(1)  # (K)
-    scale = _hidden_scale(seen.states)
-    _scale_channels(decoder_layers(model)[number], scale)
-    seen.states *= scale
-    weight = attention.k_proj.weight.clone()
-    _edit_keys(attention, seen, seen.others[number], chosen, settings)
-    edited = _Seen(model, windows, settings.batch_size, number) if chosen.any() else seen
-    after = edited.others[number]
+    left, r2, errors, moved = sinks, torch.zeros_like(sinks), torch.zeros_like(sinks), torch.zeros_like(sinks).bool()
+    if chosen.any():
+        kept = {name: value.clone() for name, value in layer.state_dict().items() if not name.startswith("mlp.")}
+        try:
+            left, r2, errors, moved = _edit(model, windows, number, before, seen, chosen, settings)
+        finally:
+            if not moved.any():  # nothing fits, or something went wrong
+                layer.load_state_dict(kept, strict=False)
+    rows = zip(*(column.tolist() for column in (sinks, left, sizes, r2, errors, moved)), strict=True)
+    return [HeadFit(number, head, *row) for head, row in enumerate(rows)]
 
+
+def _edit(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    number: int,
+    before: torch.Tensor,
+    seen: _Seen,
+    chosen: torch.Tensor,
+    settings: Desink,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Move the sinks of `chosen` (K) key heads: what is left of each head's (N), R², errors, and which was moved."""
+    layer = decoder_layers(model)[number]
+    attention, groups = layer.self_attn, layer.self_attn.num_key_value_groups
+    scale = _hidden_scale(seen.states)
+    _scale_channels(layer, scale)
+    seen.states *= scale
+    keys = attention.k_proj.weight.clone()
+    _edit_keys(attention, seen, chosen, settings)
+    edited = _Seen(model, windows, number, settings.batch_size)
     # What is left of a sink goes on doing its part, so the gate does the rest.
-    wanted = before / after.clamp_min(LEAST_SHARE)  # (B, T, N)
+    wanted = before / edited.others.clamp_min(LEAST_SHARE)  # (B, T, N)
     wanted[:, 0] = 1  # a token that sees nothing but itself loses nothing
     written, r2, errors = _fit_gates(attention.attn_gate, edited.states, edited.outputs, wanted, settings.ridge)
     good = chosen & (errors.view(-1, groups) <= settings.max_error).all(1)
-    _keep(attention, good, weight, *written)
-
+    _keep(attention, good, keys, *written)
     moved = good.repeat_interleave(groups)
-    values = attention.v_proj(seen.states).unflatten(2, (-1, attention.head_dim)).norm(dim=3)  # (B, T, K)
-    sizes = (values[:, 0].mean(0) / values[:, 1:].mean((0, 1))).repeat_interleave(groups)
-    left = torch.where(moved, 1 - after[:, 1:].mean((0, 1)), sinks)
-    if not moved.any():
-        _scale_channels(decoder_layers(model)[number], 1 / scale)
-    rows = zip(*(column.tolist() for column in (sinks, left, sizes, r2, errors, moved)), strict=True)
-    return [HeadFit(number, head, *row) for head, row in enumerate(rows)]
+    return 1 - torch.where(moved, edited.others, before)[:, 1:].mean((0, 1)), r2, errors, moved
 
 
 def _hidden_scale(states: torch.Tensor) -> torch.Tensor:
@@ -192,9 +227,9 @@ def _hidden_scale(states: torch.Tensor) -> torch.Tensor:
     first token behind norm weights near zero: then its key is 0 while other logits are far below. To write another key
     for what is left of its state takes weights of hundreds, which int8 and bf16 make ill use of.
     """
-    first, rest = states[:, 0].abs().mean(0), states[:, 1:].abs().amax((0, 1))  # (E)
-    scale = (rest.max() / first).clamp_min(1).log2().floor().exp2()
-    return torch.where((first >= rest) & (first > 0) & (scale >= HIDDEN), scale, 1)
+    first, rest = states[:, 0].abs().mean(0), states[:, 1:].abs()  # (E), (B, T - 1, E)
+    hidden = (first > 0) & (first >= rest.amax((0, 1))) & (first * HIDDEN <= rest.square().mean().sqrt())
+    return torch.where(hidden, (rest.max() / first).log2().floor().exp2(), 1)
 
 
 def _scale_channels(layer: nn.Module, scale: torch.Tensor) -> None:
@@ -205,29 +240,28 @@ def _scale_channels(layer: nn.Module, scale: torch.Tensor) -> None:
         linear.weight /= scale
 
 
-def _edit_keys(attention: nn.Module, seen: _Seen, others: torch.Tensor, chosen: torch.Tensor, settings: Desink) -> None:
+def _edit_keys(attention: nn.Module, seen: _Seen, chosen: torch.Tensor, settings: Desink) -> None:
     """Give the first token another key in the `chosen` (K) key heads: W − (W x₀ − y)·uᵀ makes the state x₀ into y."""
     linear = attention.k_proj
     first, rest = seen.states[:, 0].double().mean(0), seen.states[:, 1:].flatten(0, 1).double()
     direction = separating(first, with_ridge(rest.T @ rest / len(rest), settings.ridge))  # (E)
     key = linear.weight.double() @ first + (0 if linear.bias is None else linear.bias.double())
     key = key.view(-1, attention.head_dim)  # (K, H)
-    wanted = torch.zeros_like(key) if settings.key == "zero" else _fitted_key(attention, seen, others, settings.ridge)
+    wanted = torch.zeros_like(key) if settings.key == "zero" else _fitted_key(attention, seen, settings.ridge)
     if settings.key != "zero" and _is_normed(attention):
         wanted = wanted / attention.k_norm.weight.double()  # a norm leaves the direction only: keep to the old length
         wanted = wanted * key.norm(dim=1, keepdim=True) / wanted.norm(dim=1, keepdim=True)
-    change = (key - wanted) * chosen[:, None]
-    linear.weight -= torch.outer(change.flatten(), direction).to(linear.weight.dtype)
+    add(linear, torch.where(chosen[:, None], wanted - key, 0).flatten(), direction)
 
 
-def _fitted_key(attention: nn.Module, seen: _Seen, others: torch.Tensor, ridge: float) -> torch.Tensor:
+def _fitted_key(attention: nn.Module, seen: _Seen, ridge: float) -> torch.Tensor:
     """
     The key (K, H), as queries meet it at the first position, whose logit comes nearest to the mean (in the exponential)
     of a query's logits at the other keys, less `MARGIN`, for all query heads that share it: of the length that a key
     norm gives it, if there is one.
     """
     queries = seen.queries.double().unflatten(1, (seen.key.shape[1], -1)) * attention.scaling  # (B, K, N/K, T, H)
-    shares = others.double().transpose(1, 2).unflatten(1, (seen.key.shape[1], -1))  # (B, K, N/K, T)
+    shares = seen.others.double().transpose(1, 2).unflatten(1, (seen.key.shape[1], -1))  # (B, K, N/K, T)
     logits = (queries @ seen.key.double()[:, :, None, :, None]).squeeze(4)  # at the first token's key as it is
     tiny = torch.finfo(torch.float32).tiny
     logits = logits + shares.clamp_min(tiny).log() - (1 - shares).clamp_min(tiny).log()  # of all others together
@@ -258,45 +292,49 @@ def _fit_gates(
     gate: nn.Module, states: torch.Tensor, outputs: torch.Tensor, wanted: torch.Tensor, ridge: float
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
     """
-    Least squares of what heads with the `outputs` (B, T, N, H) put out behind their gates: first of the logits, which
-    has a solution in closed form, and from there of the gates, weighted by the outputs' squares.
+    Least squares of what heads with the `outputs` (B, T, N, H) put out behind their gates: first of the gates' logits,
+    which has a solution in closed form, and from there of the gates, weighted by the outputs' squares.
 
     Returns:
         Weight and bias with which the gates of `states` (B, T, E) come nearest to `wanted` (B, T, N) times what they
-        are; R² of the gates (N); mean |gate − wanted| (N).
+        are; R² (N) and the mean |gate − wanted| (N), both weighted.
     """
     shares = gate(states).double().unflatten(2, (wanted.shape[2], -1)) * wanted[..., None] / gate.scale  # (B, T, N, G)
     sizes = outputs.double().square()
-    sizes = (sizes if shares.shape[3] > 1 else sizes.sum(3, keepdim=True)).flatten(2).flatten(0, 1)  # (B·T, N·G)
-    sizes /= sizes.mean(0).clamp_min(1e-12)
-    shares = shares.clamp(LEAST_SHARE, 1 - LEAST_SHARE).flatten(2).flatten(0, 1)  # (B·T, N·G)
+    sizes = sizes if shares.shape[3] > 1 else sizes.sum(3, keepdim=True)
+    shares, sizes = (values.flatten(2).flatten(0, 1) for values in (shares, sizes))  # (B·T, N·G)
+    sizes = sizes / sizes.mean(0).clamp_min(1e-12)
+    targets = shares.clamp(LEAST_SHARE, 1 - LEAST_SHARE)
+    logits = targets.logit()
 
     inputs = states.flatten(0, 1).double()  # (B·T, E)
     mean = inputs.mean(0)
     inputs = inputs - mean
+    penalty = ridge * inputs.square().mean()
+    # White inputs, of mean square 1 in all directions, are what L-BFGS is quick on.
     root = torch.linalg.cholesky(with_ridge(inputs.T @ inputs / len(inputs), ridge))
-    white = torch.linalg.solve_triangular(root, inputs.T, upper=False).T  # (B·T, E), of variance 1
-    logits = shares.logit()
-    bias = logits.mean(0).requires_grad_()
+    white = torch.linalg.solve_triangular(root, inputs.T, upper=False).T  # (B·T, E)
     weight = (white.T @ (logits - logits.mean(0)) / len(white)).requires_grad_()  # (E, N·G)
+    bias = logits.mean(0).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
 
     def error() -> torch.Tensor:
         optimizer.zero_grad()
-        gates = torch.sigmoid(white @ weight + bias)
-        value = (sizes * (gates - shares).square()).mean(0).sum() + ridge / 16 * weight.square().sum()
+        errors = (sizes * (torch.sigmoid(white @ weight + bias) - targets).square()).mean(0).sum()
+        written = torch.linalg.solve_triangular(root.T, weight, upper=True)
+        value = errors + STEEPEST**2 * penalty * written.square().sum()  # the same ridge as that of the logits
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(error)
-    weight, bias = weight.detach(), bias.detach()
     found = torch.sigmoid(white @ weight + bias)
-    r2 = 1 - (found - shares).square().sum(0) / (shares - shares.mean(0)).square().sum(0).clamp_min(1e-12)
-    errors = gate.scale * (found - shares).abs().mean(0)
-    r2, errors = (values.unflatten(0, (wanted.shape[2], -1)).mean(1) for values in (r2, errors))
-    weight = torch.linalg.solve_triangular(root.T, weight, upper=True)
-    return (weight.T, bias - mean @ weight), r2, errors
+    centre = (sizes * shares).mean(0)
+    left = (sizes * (found - shares).square()).mean(0) / (sizes * (shares - centre).square()).mean(0).clamp_min(1e-12)
+    errors = gate.scale * (sizes * (found - shares).abs()).mean(0)
+    r2, errors = (values.unflatten(0, (wanted.shape[2], -1)).mean(1) for values in (1 - left, errors))
+    written = torch.linalg.solve_triangular(root.T, weight, upper=True)
+    return (written.T, bias - mean @ written), r2, errors
 
 
 def _keep(

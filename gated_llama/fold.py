@@ -2,9 +2,10 @@
 """
 Fold the first token's massive activations away, in closed form.
 
-Under a causal mask the states of a first token that is always the same depend on nothing: they are constants. Whatever
-reads them does so through an RMSNorm, to which x and α·x are the same. So how long they are is a convention, and a
-model whose MLPs make them a hundred times as long as other tokens' computes the same with states of common length.
+Under a causal mask the states of a first token that is always the same depend on nothing: they are constants. Attention
+and MLPs read them through an RMSNorm, which makes the same of x and of α·x. So how long they are is a convention, and a
+model that makes them a hundred times as long as other tokens' computes the same with states of common length, if what
+its MLPs add to them keeps the sum at α times what it was.
 """
 
 from contextlib import ExitStack
@@ -17,9 +18,11 @@ from transformers import PreTrainedModel
 
 from gated_llama.diagnose import decoder_layers
 from gated_llama.errors import UserError
+from gated_llama.rank_one import add, check, separating, with_ridge
 
 
 LONG = 2.0  # times the mean length of the others', from which on a first token's vector is shortened
+LEAST_SQUARE = 1e4  # times the norms' epsilon: a state with a smaller mean square would feel it
 
 
 @torch.no_grad()
@@ -29,11 +32,12 @@ def fold_first_token(
     """
     Edit `model` in place, a layer at a time: its MLP puts out what makes the first token's state α times what it was,
     as long as those of other tokens are on average, by a rank-one edit of `down_proj`; and what `down_proj` reads gets
-    their length too, by one of `up_proj`. Queries, keys, values and logits stay what they are, but for what the edits
-    do to other tokens. It takes no gradient, no gates, and two forwards of `windows` a layer.
+    between half and the whole of their length, by one of `up_proj`. For texts that begin with this token queries, keys,
+    values and logits stay what they are, but for what the edits do to other tokens. It takes no training, no gates, and
+    two forwards of `windows` a layer. Interrupted, it leaves a model that is neither: load it again.
 
     Args:
-        model: a model with Llama's layers, gated or not.
+        model: a Llama, Mistral, Qwen2 or Qwen3, or a gated one.
         windows: token ids (B, T) without padding, each beginning with the token that all texts begin with; many more
             tokens than `intermediate_size`.
         ridge: of the regressions, as a share of the other tokens' mean square. The smaller, the less these change, and
@@ -43,50 +47,52 @@ def fold_first_token(
         α of each layer; 1 where there was nothing to shorten.
 
     Raises:
-        UserError: the windows begin with different tokens.
+        UserError: the windows begin with different tokens, or the model's layers cannot be edited.
     """
+    check(model, windows, ("mlp.up_proj", "mlp.down_proj"), model.config.intermediate_size)
     if (windows[:, 0] != windows[0, 0]).any():
         raise UserError(
             "the windows begin with different tokens, whose states are not constant: let each begin with the "
             "beginning-of-text token (a model without one cannot be folded)."
         )
+    model.eval()
     layers = decoder_layers(model)
-    wanted = [moments.first for moments in _see(model, windows[:1], 1, *layers)]  # (E) each
-    shares = []
-    for layer, state in zip(tqdm(layers, desc="folding", unit=" layers", disable=not progress), wanted, strict=True):
+    least = (LEAST_SQUARE * model.config.rms_norm_eps * model.config.hidden_size) ** 0.5
+    states = [seen.first for seen in _see(model, windows[:1, :2], 1, *layers)]  # (E) each, as they were
+    shares, edited = [], False
+    for layer, state in zip(tqdm(layers, desc="folding", unit=" layers", disable=not progress), states, strict=True):
         up, down = layer.mlp.up_proj, layer.mlp.down_proj
-        output, read, inner = _see(model, windows, batch_size, layer, up, down)
-        shares.append(_share(output.length, state))
-        if min(shares) == 1:  # where a layer before was edited this one has its part to do, however long its states are
+        output, read, inner = _see(model, windows, batch_size, layer, up, down, squares=up)
+        length = max(output.length, least)
+        long = state.norm().item() > LONG * length
+        shares.append(length / state.norm().item() if long else 1.0)
+        edited |= long
+        if not edited:
             continue
-        share = _share(inner.length, inner.first)
-        _add(up, (share - 1) * up(read.first.to(up.weight.dtype)).double(), read.direction(ridge))
-        output, inner = _see(model, windows, batch_size, layer, down)
-        _add(down, shares[-1] * state - output.first, inner.direction(ridge))
+        # A longer vector than the others would be an outlier; to build on a shorter one takes large weights.
+        size = inner.first.norm().item()
+        share = min(max(size, inner.length / LONG), inner.length) / size
+        add(up, (share - 1) * up(read.first.to(up.weight)).double(), read.direction(ridge))
+        output, inner = _see(model, windows, batch_size, layer, down, squares=down)
+        add(down, shares[-1] * state - output.first, inner.direction(ridge))
     return shares
 
 
-def _share(length: float, first: torch.Tensor) -> float:
-    share = length / first.norm().item()
-    return share if share < 1 / LONG else 1.0
+class _Seen:
+    """Of vectors (B, T, E): the first token's (E), the others' mean length, and if wanted their mean square (E, E)."""
 
-
-def _add(linear: nn.Linear, change: torch.Tensor, direction: torch.Tensor) -> None:
-    linear.weight += torch.outer(change, direction).to(linear.weight.dtype)
-
-
-class _Moments:
-    """Of vectors (B, T, E): the first token's (E), and of the others the mean length and the mean square (E, E)."""
-
-    def __init__(self):
-        self.tokens, self.lengths, self.squares = 0, 0.0, 0.0
+    def __init__(self, squared: bool):
+        self.squared, self.squares = squared, 0.0
+        self.tokens, self.lengths = 0, 0.0
+        self.first: torch.Tensor | None = None
 
     def add(self, vectors: torch.Tensor) -> None:
         vectors = vectors.double()
         self.first, rest = vectors[0, 0], vectors[:, 1:].flatten(0, 1)
         self.tokens += len(rest)
         self.lengths += rest.norm(dim=1).sum().item()
-        self.squares = self.squares + rest.T @ rest
+        if self.squared:
+            self.squares = self.squares + rest.T @ rest
 
     @property
     def length(self) -> float:
@@ -96,31 +102,23 @@ class _Moments:
         return separating(self.first, with_ridge(self.squares / self.tokens, ridge))
 
 
-def with_ridge(second: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The mean square `second` (E, E) of some vectors, and on its diagonal that share of its mean."""
-    return second + ridge * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
+def _see(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    batch_size: int,
+    *modules: nn.Module,
+    squares: nn.Module | None = None,
+) -> list[_Seen]:
+    """What linears read and layers put out while `model` reads the windows; the mean squares of one of them."""
+    found = [_Seen(squared=module is squares) for module in modules]
 
-
-def separating(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """
-    Of all u (E) with u·first = 1, the one that is smallest on vectors with the mean square `second` (E, E): to add y·uᵀ
-    to a weight adds y to what it makes of `first`, and as little as can be to what it makes of the others.
-    """
-    direction = torch.linalg.solve(second, first)
-    return direction / (direction @ first)
-
-
-def _see(model: PreTrainedModel, windows: torch.Tensor, batch_size: int, *modules: nn.Module) -> list[_Moments]:
-    """What linears read, and what layers put out, while `model` reads the windows."""
-    seen = [_Moments() for _ in modules]
-
-    def add(moments: _Moments, module: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+    def see(seen: _Seen, module: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
         vectors = inputs[0] if isinstance(module, nn.Linear) else output
-        moments.add(vectors if isinstance(vectors, torch.Tensor) else vectors[0])
+        seen.add(vectors if isinstance(vectors, torch.Tensor) else vectors[0])
 
     with ExitStack() as stack:
-        for module, moments in zip(modules, seen, strict=True):
-            stack.callback(module.register_forward_hook(partial(add, moments)).remove)
+        for module, seen in zip(modules, found, strict=True):
+            stack.callback(module.register_forward_hook(partial(see, seen)).remove)
         for rows in windows.split(batch_size):
             model.get_decoder()(rows.to(model.device), use_cache=False)
-    return seen
+    return found

@@ -42,6 +42,25 @@ def test_every_recipe_runs_and_is_kept_once(run, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_a_recipe_is_held_against_as_many_tokens_without_gates():
+    losses = {retrofit.BASE: 2.0, retrofit.REFERENCE: 1.9, retrofit.LONG_REFERENCE: 1.0, "attention penalty": 1.9}
+    losses["attention penalty, 10 times the tokens"] = 1.0
+    blank = dict.fromkeys(
+        ("first-token attention", "first-token attention, idle queries", "largest activation", "W8A8 loss penalty"), 1.0
+    )
+    records = [
+        {"seed": 0, "recipe": name, "measured": {**blank, "loss": loss, "loss, gates reset to open": loss}}
+        for name, loss in losses.items()
+    ]
+    rows = retrofit.compared([*records, {**records[0], "recipe": "a recipe of another day"}])
+    assert [row["loss"][0] for row in rows.values()] == pytest.approx([100 * (2.0 / 1.9 - 1), 0, 0, 0, 0])
+
+
+def test_what_cannot_be_folded_is_left_out(run):
+    records = run("--task", "deep, no first token", "--seeds", "0", "--recipes", "first token folded", "sink moved")
+    assert [record["recipe"] for record in records] == [retrofit.BASE, "sink moved"]
+
+
 def test_a_base_that_was_stopped_goes_on_as_if_it_had_not(run, tmp_path, monkeypatch):
     whole = run("--task", "python", "--heads", "4", "--seeds", "0", "--recipes")
     (tmp_path / "bases" / "python-0.pt").unlink()

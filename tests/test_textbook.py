@@ -193,16 +193,17 @@ def test_what_counts_as_trained():
 
 
 def test_only_what_all_kinds_were_trained_with_is_compared():
-    size = {"width": 8, "layers": 1, "tokens": 100, "device": "x"}
+    size = {"data": "text", "width": 8, "layers": 1, "tokens": 100, "device": "x"}
     lines = [line | size for line in pretrain_records()]
     missing = [line for line in lines if (line["kind"], line["rate"], line["seed"]) != ("elementwise", 2.0, 1)]
     (whole,) = pretrain.sizes(missing).values()
     assert len(whole) == len(lines) - 3
+    assert len(pretrain.sizes(lines + [line | {"data": "triggers"} for line in lines])) == 2
     assert pretrain.sizes([line for line in lines if line["kind"] == "ungated"]) == {}
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
-    plan = pretrain.Plan(width=32, layers=1, tokens=5 * 2048)
+    plan = pretrain.Plan("text", width=32, layers=1, tokens=5 * 2048)
     assert (plan.length, plan.rows, plan.steps) == (128, 16, 5)
     rows = torch.randint(2, plan.vocabulary, (48, plan.length), generator=torch.Generator().manual_seed(0))
 
@@ -218,6 +219,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
     assert curve[-1] == resumed_curve[-1]
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_trigger_text_is_a_plan_of_its_own(tmp_path):
+    plan = pretrain.Plan("triggers", width=32, layers=1, tokens=2 * 2048)
+    tokenizer, rows, held_out = pretrain.prepare(plan, tmp_path)
+    assert torch.equal(pretrain.prepare(plan, tmp_path)[1], rows)
+    assert rows.shape == (plan.steps * plan.rows, plan.length) == (64, 64)
+    assert rows.max() < plan.vocabulary and not (held_out[:, None] == rows).all(2).any()
+    sweep = pretrain.Sweep(tqdm(disable=True), 2048, math.inf)
+    model, curve = pretrain.train(plan, "elementwise", 1e-2, 3, rows, tmp_path / "run", sweep, cpu=True)
+    assert (
+        len(curve) == 2
+        and curve[1][1] < curve[0][1]
+        and math.isfinite(pretrain.look(model, tokenizer, held_out)["loss"])
+    )
+    assert model.config.vocab_size == pretrain.Triggers(pretrain.DEEP).vocab and not model.config.tie_word_embeddings
 
 
 def test_text_is_made_into_windows(monkeypatch):
