@@ -561,6 +561,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.write:
         write_table("retrofit", table(records_of("deep")))
+        write_table("retrofit python", table(records_of("python, small")))
         draw(records_of("deep"), FIGURE)
     else:
         run(args)
