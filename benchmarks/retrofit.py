@@ -6,6 +6,7 @@ with its gates frozen is the ungated model. Keeps a record of each in benchmarks
 is not run again); `--write` makes the README's table and docs/retrofit.png of them.
 
     python benchmarks/retrofit.py [--task deep] [--seeds 0 1 2] [--recipes "plain, gates trained" …]
+    python benchmarks/retrofit.py --task "python, small" --seeds 0
     python benchmarks/retrofit.py --task python --device cuda [--layers 8] [--width 640] [--length 512] [--steps 20000]
 """
 
