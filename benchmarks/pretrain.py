@@ -8,7 +8,7 @@ retrofits. Writes a table for people and one JSON line a run to benchmarks/resul
 Runs that are done, and the one that was stopped, are kept in --work: the same command goes on from there.
 
     python benchmarks/pretrain.py
-    python benchmarks/pretrain.py --data triggers --tokens 4096000 --rates 2.5e-3 5e-3 1e-2 2e-2 4e-2
+    python benchmarks/pretrain.py --data triggers --tokens 4096000 --rates 5e-3 1e-2 2e-2 4e-2 8e-2
     python benchmarks/pretrain.py --width 512 --layers 10 --tokens 5e8 --rates 1e-3 2e-3 4e-3 8e-3 --device cuda
 """
 
@@ -158,20 +158,19 @@ def windows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int) -
 
 def prepare(plan: Plan, folder: Path) -> tuple[PreTrainedTokenizerFast | Tokenizer, torch.Tensor, torch.Tensor]:
     """The tokenizer, windows to train on and held-out ones, made once and kept in `folder`."""
-    if plan.data == "triggers":
-        if not (folder / "windows.pt").exists():
-            data = Triggers(DEEP)
-            rows = data.sample(plan.steps * plan.rows, seed=0)
-            torch.save((rows, data.sample(256, seed=10**9)), folder / "windows.pt")
-        return Tokenizer(), *torch.load(folder / "windows.pt")
-    if not (folder / "windows.pt").exists():
+    made = folder / "windows.pt"
+    if not made.exists() and plan.data == "triggers":
+        data = Triggers(DEEP)
+        torch.save((data.sample(plan.steps * plan.rows, seed=0), data.sample(256, seed=10**9)), made)
+    elif not made.exists():
         texts = documents(round(4.5 * plan.tokens) + 2_000_000)
         tokenizer = make_tokenizer(texts[:BPE_DOCUMENTS], plan.vocabulary)
         tokenizer.save_pretrained(folder)
         held_out = windows(tokenizer, texts[::HELD_OUT], plan.length)[:128]
         trained = windows(tokenizer, [text for n, text in enumerate(texts) if n % HELD_OUT], plan.length)
-        torch.save((trained[: plan.steps * plan.rows], held_out), folder / "windows.pt")
-    return PreTrainedTokenizerFast.from_pretrained(folder), *torch.load(folder / "windows.pt")
+        torch.save((trained[: plan.steps * plan.rows], held_out), made)
+    tokenizer = Tokenizer() if plan.data == "triggers" else PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer, *torch.load(made)
 
 
 class Sweep(TrainerCallback):
