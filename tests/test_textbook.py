@@ -222,18 +222,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
 
 
 def test_trigger_text_is_a_plan_of_its_own(tmp_path):
-    plan = pretrain.Plan("triggers", width=32, layers=1, tokens=2 * 2048)
+    plan = pretrain.Plan("triggers", width=32, layers=1, tokens=32 * 2048)
     tokenizer, rows, held_out = pretrain.prepare(plan, tmp_path)
     assert torch.equal(pretrain.prepare(plan, tmp_path)[1], rows)
-    assert rows.shape == (plan.steps * plan.rows, plan.length) == (64, 64)
+    assert rows.shape == (plan.steps * plan.rows, plan.length) == (32 * 32, 64)
     assert rows.max() < plan.vocabulary and not (held_out[:, None] == rows).all(2).any()
     sweep = pretrain.Sweep(tqdm(disable=True), 2048, math.inf)
     model, curve = pretrain.train(plan, "elementwise", 1e-2, 3, rows, tmp_path / "run", sweep, cpu=True)
-    assert (
-        len(curve) == 2
-        and curve[1][1] < curve[0][1]
-        and math.isfinite(pretrain.look(model, tokenizer, held_out)["loss"])
-    )
+    learned = math.log(plan.vocabulary) - 0.5  # bigrams alone give more; the text is this machine's
+    assert curve[0][1] > learned > curve[-1][1] and learned > pretrain.look(model, tokenizer, held_out)["loss"]
     assert model.config.vocab_size == pretrain.Triggers(pretrain.DEEP).vocab and not model.config.tie_word_embeddings
 
 
