@@ -22,7 +22,7 @@ import sys
 import sysconfig
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ from retrofit import DEEP, LETTERS, Tokenizer, Triggers
 RECORDS = RESULTS / "pretrain.jsonl"
 DATA = {"text": "Python sources and documents", "triggers": "Trigger text"}
 KINDS = ("ungated", "headwise", "elementwise")
+SIZE = ("data", "length", "width", "layers", "tokens", "device")
 RATES = [1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2]
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
 BPE_DOCUMENTS = 400
@@ -73,16 +74,11 @@ class Plan:
     width: int
     layers: int
     tokens: int
+    length: int  # of windows
 
     @property
     def large(self) -> bool:
         return self.width >= 256
-
-    @property
-    def length(self) -> int:
-        if self.data == "triggers":
-            return DEEP.length
-        return 1024 if self.large else 128
 
     @property
     def vocabulary(self) -> int:
@@ -160,7 +156,7 @@ def prepare(plan: Plan, folder: Path) -> tuple[PreTrainedTokenizerFast | Tokeniz
     """The tokenizer, windows to train on and held-out ones, made once and kept in `folder`."""
     made = folder / "windows.pt"
     if not made.exists() and plan.data == "triggers":
-        data = Triggers(DEEP)
+        data = Triggers(replace(DEEP, length=plan.length))
         torch.save((data.sample(plan.steps * plan.rows, seed=0), data.sample(256, seed=10**9)), made)
     elif not made.exists():
         texts = documents(round(4.5 * plan.tokens) + 2_000_000)
@@ -354,7 +350,7 @@ def sizes(records: list[dict]) -> dict[tuple, list[dict]]:
     """The records of each size, of those rates and seeds that every kind of model was trained with."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for line in records:
-        groups[line["data"], line["width"], line["layers"], line["tokens"], line["device"]].append(line)
+        groups[tuple(line[name] for name in SIZE)].append(line)
     whole = {}
     for size, lines in sorted(groups.items()):
         pairs = [{(line["rate"], line["seed"]) for line in lines if line["kind"] == kind} for kind in KINDS]
@@ -366,13 +362,13 @@ def sizes(records: list[dict]) -> dict[tuple, list[dict]]:
 def table(records: list[dict]) -> str:
     """The README's: for every size the goals, then the numbers."""
     parts = []
-    for (data, width, layers, tokens, device), lines in sizes(records).items():
+    for (data, length, width, layers, tokens, device), lines in sizes(records).items():
         parameters = {line["kind"]: f"{line['parameters']:,}" for line in lines}
         parameters = " / ".join(parameters[kind] for kind in KINDS)
         seeds = len({line["seed"] for line in lines})
         parts.append(
-            f"{DATA[data]}; {layers} layers, {width} wide ({parameters} parameters), {tokens:,} tokens, {seeds} seeds, "
-            f"{device}:\n\n"
+            f"{DATA[data]} in windows of {length}; {layers} layers, {width} wide ({parameters} parameters), "
+            f"{tokens:,} tokens, {seeds} seeds, {device}:\n\n"
             f"{goals_table(lines)}\n{results_table(lines)}"
         )
     return "\n" + "\n".join(parts) + "\n"
@@ -381,7 +377,7 @@ def table(records: list[dict]) -> str:
 def run_all(plan: Plan, args: argparse.Namespace) -> bool:
     """Whether every run is done; what is done is recorded."""
     ends = time.monotonic() + 60 * args.minutes
-    folder = args.work / f"{plan.data}-{plan.width}-{plan.layers}-{plan.tokens}"
+    folder = args.work / "-".join(str(value) for value in asdict(plan).values())
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, rows, held_out = prepare(plan, folder)
     cpu = args.device == "cpu"
@@ -404,7 +400,6 @@ def run_all(plan: Plan, args: argparse.Namespace) -> bool:
                     "rate": rate,
                     "seed": seed,
                     **asdict(plan),
-                    "length": plan.length,
                     "steps": plan.steps,
                     "epochs": plan.steps * plan.rows / len(rows),
                     **look(model, tokenizer, held_out),
@@ -414,7 +409,7 @@ def run_all(plan: Plan, args: argparse.Namespace) -> bool:
                 }
                 (own / "record.json").write_text(json.dumps(record))
                 shutil.rmtree(get_last_checkpoint(own) or "", ignore_errors=True)
-            keep_record(RECORDS, record, "kind", "rate", "seed", "data", "width", "layers", "tokens", "device")
+            keep_record(RECORDS, record, "kind", "rate", "seed", *SIZE)
     return True
 
 
@@ -423,6 +418,7 @@ def main() -> int:
     parser.add_argument("--data", choices=DATA, default="text", help="(default: text)")
     parser.add_argument("--width", type=int, default=64, help="hidden size (default: 64; from 256 on long windows)")
     parser.add_argument("--layers", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--length", type=int, help="of windows (default: 64 of triggers; 128 of text, if wide 1024)")
     parser.add_argument("--tokens", type=float, default=3e5, help="tokens of each run (default: 3e5)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help=f"learning rates (default: {RATES})")
@@ -432,7 +428,8 @@ def main() -> int:
         "--work", type=Path, default=Path("pretrain"), help="folder of unfinished runs (default: pretrain)"
     )
     args = parser.parse_args()
-    plan = Plan(args.data, args.width, args.layers, round(args.tokens))
+    usual = DEEP.length if args.data == "triggers" else 1024 if args.width >= 256 else 128
+    plan = Plan(args.data, args.width, args.layers, round(args.tokens), args.length or usual)
     done = run_all(plan, args)
     lines = [line for line in read_records(RECORDS) if {key: line[key] for key in asdict(plan)} == asdict(plan)]
     print(table(lines), end="")

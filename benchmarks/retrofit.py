@@ -108,6 +108,8 @@ RECIPES = {
     "sink moved, healed by LoRA": Recipe("sink", lora=True),
     "sink moved, healed, attention penalty": Recipe("sink", penalty="attention"),
     "sink moved, healed, outlier penalty": Recipe("sink", penalty="outliers"),
+    "sink moved, healed by KL": Recipe("sink", teacher=True),
+    "sink moved, healed by KL, attention penalty": Recipe("sink", teacher=True, penalty="attention"),
     "first token folded": Recipe(tokens=0, fold=True),
     "sink moved, first token folded": Recipe("sink", tokens=0, fold=True),
     "sink moved, first token folded, healed, attention penalty": Recipe("sink", penalty="attention", fold=True),

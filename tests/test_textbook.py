@@ -193,7 +193,7 @@ def test_what_counts_as_trained():
 
 
 def test_only_what_all_kinds_were_trained_with_is_compared():
-    size = {"data": "text", "width": 8, "layers": 1, "tokens": 100, "device": "x"}
+    size = {"data": "text", "length": 16, "width": 8, "layers": 1, "tokens": 100, "device": "x"}
     lines = [line | size for line in pretrain_records()]
     missing = [line for line in lines if (line["kind"], line["rate"], line["seed"]) != ("elementwise", 2.0, 1)]
     (whole,) = pretrain.sizes(missing).values()
@@ -203,8 +203,8 @@ def test_only_what_all_kinds_were_trained_with_is_compared():
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
-    plan = pretrain.Plan("text", width=32, layers=1, tokens=5 * 2048)
-    assert (plan.length, plan.rows, plan.steps) == (128, 16, 5)
+    plan = pretrain.Plan("text", width=32, layers=1, tokens=5 * 2048, length=128)
+    assert (plan.rows, plan.steps) == (16, 5)
     rows = torch.randint(2, plan.vocabulary, (48, plan.length), generator=torch.Generator().manual_seed(0))
 
     def run(name: str, ends: float):
@@ -222,7 +222,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
 
 
 def test_trigger_text_is_a_plan_of_its_own(tmp_path):
-    plan = pretrain.Plan("triggers", width=32, layers=1, tokens=32 * 2048)
+    plan = pretrain.Plan("triggers", width=32, layers=1, tokens=32 * 2048, length=64)
     tokenizer, rows, held_out = pretrain.prepare(plan, tmp_path)
     assert torch.equal(pretrain.prepare(plan, tmp_path)[1], rows)
     assert rows.shape == (plan.steps * plan.rows, plan.length) == (32 * 32, 64)
