@@ -1,6 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What the benchmarks share: time and peak memory, their summary, records and their circumstances, README tables."""
 
+import hashlib
 import json
 import os
 import platform
@@ -80,6 +81,11 @@ def circumstances(*packages: str) -> dict:
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def digest(windows: torch.Tensor) -> str:
+    """Of the text that something was trained on, which is made of what is installed: no two machines have the same."""
+    return hashlib.sha256(windows.long().contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
 def read_records(path: Path) -> list[dict]:

@@ -44,7 +44,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from configuration_gated import GatedLlamaConfig
 from gated_llama import UserError, measure
 from gated_llama.trainer import training_arguments
-from measured import RESULTS, circumstances, keep_record, read_records, write_table
+from measured import RESULTS, circumstances, digest, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
 from retrofit import DEEP, LETTERS, Tokenizer, Triggers
 
@@ -52,7 +52,7 @@ from retrofit import DEEP, LETTERS, Tokenizer, Triggers
 RECORDS = RESULTS / "pretrain.jsonl"
 DATA = {"text": "Python sources and documents", "triggers": "Trigger text"}
 KINDS = ("ungated", "headwise", "elementwise")
-SIZE = ("data", "length", "width", "layers", "tokens", "device")
+SIZE = ("data", "text", "length", "width", "layers", "tokens", "device")  # of what is compared
 RATES = [1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2]
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
 BPE_DOCUMENTS = 400
@@ -122,9 +122,9 @@ def documents(wanted: int) -> list[str]:
     texts, seen, size = [], set(), 0
     for path in filter(Path.is_file, paths):
         text = path.read_text(encoding="utf-8", errors="replace")
-        digest = hashlib.sha256(text.encode(errors="replace")).digest()
-        if len(text) > 200 and digest not in seen:
-            seen.add(digest)
+        known = hashlib.sha256(text.encode(errors="replace")).digest()
+        if len(text) > 200 and known not in seen:
+            seen.add(known)
             texts.append(text)
             size += len(text)
         if size >= wanted:
@@ -362,7 +362,7 @@ def sizes(records: list[dict]) -> dict[tuple, list[dict]]:
 def table(records: list[dict]) -> str:
     """The README's: for every size the goals, then the numbers."""
     parts = []
-    for (data, length, width, layers, tokens, device), lines in sizes(records).items():
+    for (data, _, length, width, layers, tokens, device), lines in sizes(records).items():
         parameters = {line["kind"]: f"{line['parameters']:,}" for line in lines}
         parameters = " / ".join(parameters[kind] for kind in KINDS)
         seeds = len({line["seed"] for line in lines})
@@ -380,6 +380,7 @@ def run_all(plan: Plan, args: argparse.Namespace) -> bool:
     folder = args.work / "-".join(str(value) for value in asdict(plan).values())
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, rows, held_out = prepare(plan, folder)
+    text = digest(held_out)
     cpu = args.device == "cpu"
     device = {} if cpu else {"device": torch.cuda.get_device_name()}
     todo = [(rate, seed, kind) for rate in args.rates for seed in args.seeds for kind in KINDS]
@@ -400,6 +401,7 @@ def run_all(plan: Plan, args: argparse.Namespace) -> bool:
                     "rate": rate,
                     "seed": seed,
                     **asdict(plan),
+                    "text": text,
                     "steps": plan.steps,
                     "epochs": plan.steps * plan.rows / len(rows),
                     **look(model, tokenizer, held_out),

@@ -34,7 +34,7 @@ from gated_llama.desink import Desink, desink
 from gated_llama.diagnose import decoder_layers
 from gated_llama.fold import fold_first_token
 from gated_llama.gates import gate_modules, gate_parameters
-from measured import RESULTS, ROOT, circumstances, keep_record, read_records, write_table
+from measured import RESULTS, ROOT, circumstances, digest, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
 
 
@@ -373,6 +373,7 @@ def step_of(model: nn.Module, loss: torch.Tensor, optimizer, schedule) -> float:
 
 def train_base(name: str, task: Task, data: Triggers | Python, seed: int, device: str, work: Path) -> tuple:
     """The base, its gates open and never trained, and its curve (step, loss, attention); goes on where it stopped."""
+    made_of = {"task": asdict(task), "text": digest(data.sample(*WINDOWS["evaluation"]))}
     model = build(task, data.vocab, seed).to(device)
     for _, parameter in gate_parameters(model):
         parameter.requires_grad = False
@@ -382,7 +383,7 @@ def train_base(name: str, task: Task, data: Triggers | Python, seed: int, device
     every = max(1, task.steps // 20)
     if path.exists():
         saved = torch.load(path, map_location=device, weights_only=True)
-        if saved["task"] == asdict(task):
+        if {key: saved.get(key) for key in made_of} == made_of:
             curve = saved["curve"]
             for part, module in parts.items():
                 module.load_state_dict(saved[part])
@@ -393,7 +394,7 @@ def train_base(name: str, task: Task, data: Triggers | Python, seed: int, device
         if (step + 1) % every == 0:
             curve.append((step + 1, *glance(model, data, windows)))
             state = {part: module.state_dict() for part, module in parts.items()}
-            torch.save({**state, "curve": curve, "task": asdict(task)}, path.with_suffix(".part"))
+            torch.save({**state, "curve": curve, **made_of}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
     return model, curve
 
@@ -456,9 +457,9 @@ def run(args: argparse.Namespace) -> None:
     recipes = [name for name in args.recipes if not (RECIPES[name].fold and task.data == "bare triggers")]
     torch.set_float32_matmul_precision("high")  # on GPUs
     args.work.mkdir(parents=True, exist_ok=True)
-    config = config_of(task)
+    common = {"task": args.task, "config": config_of(task), "text": digest(data.sample(*WINDOWS["evaluation"]))}
     for seed in args.seeds:
-        entries = [{"task": args.task, "seed": seed, "recipe": name, "config": config} for name in (BASE, *recipes)]
+        entries = [{**common, "seed": seed, "recipe": name} for name in (BASE, *recipes)]
         done = [{key: record[key] for key in entries[0]} for record in read_records(RECORDS)]
         entries = [entry for entry in entries if entry not in done]
         if not entries:
@@ -471,7 +472,7 @@ def run(args: argparse.Namespace) -> None:
             if args.device == "cuda":
                 entry["gpu"] = torch.cuda.get_device_name()
             entry |= {"measured": look(model, data), "curve": curve, **circumstances()}
-            keep_record(RECORDS, entry, "task", "config", "seed", "recipe")
+            keep_record(RECORDS, entry, *common, "seed", "recipe")
             shown = ", ".join(f"{what} {value:.4g}" for what, value in entry["measured"].items())
             print(f"{args.task}, seed {seed}, {name}: {shown}", flush=True)
 
@@ -483,12 +484,12 @@ def records_of(name: str) -> list[dict]:
 
 
 def compared(records: list[dict]) -> dict[str, dict[str, list[float]]]:
-    """By recipe what is compared, a number a seed: ratios to the base, and to as much training of it without gates."""
-    found = {(record["seed"], record["recipe"]): record["measured"] for record in records}
+    """By recipe what is compared, a number a base: ratios to it, and to as much training of it without gates."""
+    found = {((record["text"], record["seed"]), record["recipe"]): record["measured"] for record in records}
     rows: dict[str, dict[str, list[float]]] = {}
-    for (seed, recipe), now in sorted(found.items()):
+    for (of, recipe), now in sorted(found.items()):
         long = recipe in RECIPES and RECIPES[recipe].tokens > 1
-        base, reference = found.get((seed, BASE)), found.get((seed, LONG_REFERENCE if long else REFERENCE))
+        base, reference = found.get((of, BASE)), found.get((of, LONG_REFERENCE if long else REFERENCE))
         if base is None or reference is None:
             continue
         values = {
@@ -510,15 +511,15 @@ def table(records: list[dict]) -> str:
         return middle if low == high else f"{middle} ({low} to {high})"
 
     lines = [
-        "| | first-token attention, after / before | largest activation, after / before | loss, against training "
+        "| | bases | first-token attention, after / before | largest activation, after / before | loss, against training "
         "without gates | … with the gates reset to open | W8A8 loss penalty, nats |",
-        "|---|---|---|---|---|---|",
-        "| *goal* | *≤ 0.25* | *≤ 0.1* | *≤ +0.5 %* | *much more* | *≤ 0.25 of the base's* |",
+        "|---|---|---|---|---|---|---|",
+        "| *goal* | *3* | *≤ 0.25* | *≤ 0.1* | *≤ +0.5 %* | *much more* | *≤ 0.25 of the base's* |",
     ]
     for name, row in compared(records).items():
         losses = [shown(row[what], "+.2f") + " %" for what in ("loss", "loss, gates open")]
         ratios = [shown(row[what], ".2f") for what in ("attention ratio", "activation ratio")]
-        lines.append(f"| {' | '.join([name, *ratios, *losses, shown(row['quantized'], '.4f')])} |")
+        lines.append(f"| {' | '.join([name, str(len(row['loss'])), *ratios, *losses, shown(row['quantized'], '.4f')])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -49,7 +49,7 @@ def test_a_recipe_is_held_against_as_many_tokens_without_gates():
         ("first-token attention", "first-token attention, idle queries", "largest activation", "W8A8 loss penalty"), 1.0
     )
     records = [
-        {"seed": 0, "recipe": name, "measured": {**blank, "loss": loss, "loss, gates reset to open": loss}}
+        {"text": "", "seed": 0, "recipe": name, "measured": {**blank, "loss": loss, "loss, gates reset to open": loss}}
         for name, loss in losses.items()
     ]
     rows = retrofit.compared([*records, {**records[0], "recipe": "a recipe of another day"}])

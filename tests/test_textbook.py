@@ -193,7 +193,7 @@ def test_what_counts_as_trained():
 
 
 def test_only_what_all_kinds_were_trained_with_is_compared():
-    size = {"data": "text", "length": 16, "width": 8, "layers": 1, "tokens": 100, "device": "x"}
+    size = {"data": "text", "text": "", "length": 16, "width": 8, "layers": 1, "tokens": 100, "device": "x"}
     lines = [line | size for line in pretrain_records()]
     missing = [line for line in lines if (line["kind"], line["rate"], line["seed"]) != ("elementwise", 2.0, 1)]
     (whole,) = pretrain.sizes(missing).values()
