@@ -511,15 +511,16 @@ def table(records: list[dict]) -> str:
         return middle if low == high else f"{middle} ({low} to {high})"
 
     lines = [
-        "| | bases | first-token attention, after / before | largest activation, after / before | loss, against training "
-        "without gates | … with the gates reset to open | W8A8 loss penalty, nats |",
+        "| | bases | first-token attention, after / before | largest activation, after / before | loss, against "
+        "training without gates | … with the gates reset to open | W8A8 loss penalty, nats |",
         "|---|---|---|---|---|---|---|",
         "| *goal* | *3* | *≤ 0.25* | *≤ 0.1* | *≤ +0.5 %* | *much more* | *≤ 0.25 of the base's* |",
     ]
     for name, row in compared(records).items():
         losses = [shown(row[what], "+.2f") + " %" for what in ("loss", "loss, gates open")]
         ratios = [shown(row[what], ".2f") for what in ("attention ratio", "activation ratio")]
-        lines.append(f"| {' | '.join([name, str(len(row['loss'])), *ratios, *losses, shown(row['quantized'], '.4f')])} |")
+        cells = [name, str(len(row["loss"])), *ratios, *losses, shown(row["quantized"], ".4f")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

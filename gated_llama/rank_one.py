@@ -38,6 +38,12 @@ def check(model: PreTrainedModel, windows: torch.Tensor, names: Sequence[str], c
                     f"{name} of layer {number} is a {type(linear).__name__} that cannot be edited: merge adapters "
                     "(merge_and_unload), and load the weights whole, without quantization or offloading."
                 )
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1 or devices[0].startswith("mps"):
+        raise UserError(
+            f"the model is on {' and '.join(devices)}: move it to the CPU or to one CUDA device (model.to), since its "
+            "layers are compared, and sums taken in fp64, which MPS does not have."
+        )
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 3:
         raise UserError(f"windows of shape {tuple(windows.shape)} are too few or too short: take (B, T), T at least 3.")
     if windows.numel() < 4 * channels:

@@ -184,6 +184,10 @@ def test_what_cannot_be_folded_is_said():
         fold_first_token(model, windows()[:, :2])
     with pytest.warns(UserWarning, match="34 tokens are few"):
         fold_first_token(model, windows())
+    elsewhere = copy.deepcopy(model)
+    elsewhere.lm_head = torch.nn.Linear(1, 1, device="meta")
+    with pytest.raises(UserError, match="the model is on cpu and meta: move it"):
+        fold_first_token(elsewhere, windows())
     model.config.model_type = "granite"
     with pytest.raises(UserError, match="'granite' model has other layers"):
         fold_first_token(model, windows())

@@ -56,6 +56,32 @@ def test_a_recipe_is_held_against_as_many_tokens_without_gates():
     assert [row["loss"][0] for row in rows.values()] == pytest.approx([100 * (2.0 / 1.9 - 1), 0, 0, 0, 0])
 
 
+def test_bases_of_two_texts_are_two_bases():
+    def record(text: str, recipe: str, value: float) -> dict:
+        names = ("loss", "loss, gates reset to open", "first-token attention", "first-token attention, idle queries")
+        measured = dict.fromkeys((*names, "largest activation", "W8A8 loss penalty"), value)
+        return {"text": text, "seed": 0, "recipe": recipe, "measured": measured}
+
+    records = [record("a", retrofit.BASE, 2.0), record("a", retrofit.REFERENCE, 1.0), record("a", "sink moved", 1.0)]
+    records += [record("b", retrofit.BASE, 4.0), record("b", retrofit.REFERENCE, 2.0), record("b", "sink moved", 1.0)]
+    assert retrofit.compared(records)["sink moved"]["attention ratio"] == [0.5, 0.25]
+    assert retrofit.compared(records)["sink moved"]["loss"] == [0, -50]
+    assert "| sink moved | 2 | 0.38 (0.25 to 0.50) |" in retrofit.table(records)
+    assert "sink moved" not in retrofit.compared([line for line in records if line["text"] == "a"][2:] + records[3:5])
+
+
+def test_a_base_of_another_text_is_trained_anew(run, tmp_path):
+    path = tmp_path / "bases" / "deep-0.pt"
+    first = run("--task", "deep", "--seeds", "0", "--recipes")
+    saved = torch.load(path)
+    torch.save({**saved, "model": {key: torch.zeros_like(value) for key, value in saved["model"].items()}}, path)
+    retrofit.RECORDS.unlink()
+    assert run("--task", "deep", "--seeds", "0", "--recipes")[0]["measured"] != first[0]["measured"]
+    torch.save({**torch.load(path), "text": "another"}, path)
+    retrofit.RECORDS.unlink()
+    assert run("--task", "deep", "--seeds", "0", "--recipes")[0]["measured"] == first[0]["measured"]
+
+
 def test_what_cannot_be_folded_is_left_out(run):
     records = run("--task", "deep, no first token", "--seeds", "0", "--recipes", "first token folded", "sink moved")
     assert [record["recipe"] for record in records] == [retrofit.BASE, "sink moved"]
