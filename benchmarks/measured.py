@@ -84,7 +84,7 @@ def circumstances(*packages: str) -> dict:
 
 
 def digest(windows: torch.Tensor) -> str:
-    """Of the text that something was trained on, which is made of what is installed: no two machines have the same."""
+    """Of the text that something was trained on: it is made of what is installed, so each machine has its own."""
     return hashlib.sha256(windows.long().contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
