@@ -54,6 +54,7 @@ DATA = {"text": "Python sources and documents", "triggers": "Trigger text"}
 KINDS = ("ungated", "headwise", "elementwise")
 SIZE = ("data", "text", "length", "width", "layers", "tokens", "device")  # of what is compared
 RATES = [1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2]
+LARGE = 256  # width from which on vocabulary, heads and windows are those of larger models
 SUFFIXES = (".py", ".pyi", ".rst", ".md", ".txt")
 BPE_DOCUMENTS = 400
 HELD_OUT = 20  # one document of so many is not trained on
@@ -78,7 +79,7 @@ class Plan:
 
     @property
     def large(self) -> bool:
-        return self.width >= 256
+        return self.width >= LARGE
 
     @property
     def vocabulary(self) -> int:
@@ -430,7 +431,7 @@ def main() -> int:
         "--work", type=Path, default=Path("pretrain"), help="folder of unfinished runs (default: pretrain)"
     )
     args = parser.parse_args()
-    usual = DEEP.length if args.data == "triggers" else 1024 if args.width >= 256 else 128
+    usual = DEEP.length if args.data == "triggers" else 1024 if args.width >= LARGE else 128
     plan = Plan(args.data, args.width, args.layers, round(args.tokens), args.length or usual)
     done = run_all(plan, args)
     lines = [line for line in read_records(RECORDS) if {key: line[key] for key in asdict(plan)} == asdict(plan)]

@@ -371,9 +371,9 @@ def step_of(model: nn.Module, loss: torch.Tensor, optimizer, schedule) -> float:
     return loss.item()
 
 
-def train_base(name: str, task: Task, data: Triggers | Python, seed: int, device: str, work: Path) -> tuple:
+def train_base(name: str, task: Task, data: Triggers | Python, text: str, seed: int, device: str, work: Path) -> tuple:
     """The base, its gates open and never trained, and its curve (step, loss, attention); goes on where it stopped."""
-    made_of = {"task": asdict(task), "text": digest(data.sample(*WINDOWS["evaluation"]))}
+    made_of = {"task": asdict(task), "text": text}
     model = build(task, data.vocab, seed).to(device)
     for _, parameter in gate_parameters(model):
         parameter.requires_grad = False
@@ -464,7 +464,7 @@ def run(args: argparse.Namespace) -> None:
         entries = [entry for entry in entries if entry not in done]
         if not entries:
             continue
-        base, curve = train_base(args.task, task, data, seed, args.device, args.work)
+        base, curve = train_base(args.task, task, data, common["text"], seed, args.device, args.work)
         for entry in entries:
             name, model = entry["recipe"], base
             if name != BASE:

@@ -42,25 +42,23 @@ def test_every_recipe_runs_and_is_kept_once(run, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def made_record(recipe: str, loss: float, other: float = 1.0, text: str = "") -> dict:
+    names = ("first-token attention", "first-token attention, idle queries", "largest activation", "W8A8 loss penalty")
+    measured = {**dict.fromkeys(names, other), **dict.fromkeys(("loss", "loss, gates reset to open"), loss)}
+    return {"text": text, "seed": 0, "recipe": recipe, "measured": measured}
+
+
 def test_a_recipe_is_held_against_as_many_tokens_without_gates():
     losses = {retrofit.BASE: 2.0, retrofit.REFERENCE: 1.9, retrofit.LONG_REFERENCE: 1.0, "attention penalty": 1.9}
     losses["attention penalty, 10 times the tokens"] = 1.0
-    blank = dict.fromkeys(
-        ("first-token attention", "first-token attention, idle queries", "largest activation", "W8A8 loss penalty"), 1.0
-    )
-    records = [
-        {"text": "", "seed": 0, "recipe": name, "measured": {**blank, "loss": loss, "loss, gates reset to open": loss}}
-        for name, loss in losses.items()
-    ]
+    records = [made_record(name, loss) for name, loss in losses.items()]
     rows = retrofit.compared([*records, {**records[0], "recipe": "a recipe of another day"}])
     assert [row["loss"][0] for row in rows.values()] == pytest.approx([100 * (2.0 / 1.9 - 1), 0, 0, 0, 0])
 
 
 def test_bases_of_two_texts_are_two_bases():
     def record(text: str, recipe: str, value: float) -> dict:
-        names = ("loss", "loss, gates reset to open", "first-token attention", "first-token attention, idle queries")
-        measured = dict.fromkeys((*names, "largest activation", "W8A8 loss penalty"), value)
-        return {"text": text, "seed": 0, "recipe": recipe, "measured": measured}
+        return made_record(recipe, value, value, text)
 
     records = [record("a", retrofit.BASE, 2.0), record("a", retrofit.REFERENCE, 1.0), record("a", "sink moved", 1.0)]
     records += [record("b", retrofit.BASE, 4.0), record("b", retrofit.REFERENCE, 2.0), record("b", "sink moved", 1.0)]
