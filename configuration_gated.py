@@ -2,8 +2,7 @@
 """Configuration of GatedLlama: a dense Llama-like decoder whose attention output passes a gate."""
 
 import math
-from copy import deepcopy
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -18,9 +17,6 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_gated.GatedLlamaForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_gated.GatedLlamaForQuestionAnswering",
 }
-# What quantizers leave as it is: their own default, the head's last layer, and the gates, whose few weights decide over
-# whole heads. They match names from the first letter on, so that "attn_gate" alone would match nothing.
-UNQUANTIZED = ["lm_head", "score", "qa_outputs", r".*\.attn_gate\..*"]
 
 
 @strict
@@ -57,8 +53,9 @@ class GatedLlamaConfig(LlamaConfig):
         sliding_window (`int`, *optional*):
             Number of tokens that a query of a sliding layer sees, itself included.
         layer_types (`list[str]`, *optional*):
-            `"full_attention"` or `"sliding_attention"` for each layer. If not given, every layer slides when there is a
-            `sliding_window` (Mistral) and none otherwise.
+            `"full_attention"` or `"sliding_attention"` for each layer, where they differ (Qwen). If not given, every
+            layer slides when there is a `sliding_window` (Mistral) and none otherwise (Llama), and the config has no
+            such attribute, as theirs have none: `attention_types` is what the layers are, either way.
         conversion (`dict`, *optional*):
             Where a converted checkpoint came from and how, as `gated-llama convert` recorded it.
 
@@ -88,7 +85,6 @@ class GatedLlamaConfig(LlamaConfig):
     attention_out_bias: bool | None = None
     use_qk_norm: bool = False
     sliding_window: int | None = None
-    layer_types: list[str] | None = None
     conversion: dict | None = None
 
     def __post_init__(self, **kwargs):
@@ -99,9 +95,9 @@ class GatedLlamaConfig(LlamaConfig):
             )
         if self.attention_out_bias is None:
             self.attention_out_bias = self.attention_bias
-        if self.layer_types is None:
-            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
+        # What says no more than sliding_window does is not kept: it would hold a model to its number of layers.
+        if kwargs.get("layer_types") in (None, self.attention_types):
+            kwargs.pop("layer_types", None)
         if self.use_qk_norm:
             self.base_model_tp_plan = {
                 **self.base_model_tp_plan,
@@ -112,11 +108,11 @@ class GatedLlamaConfig(LlamaConfig):
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
 
-    def __setattr__(self, name: str, value: Any):
-        # `from_pretrained` sets the quantization it was asked for before it builds the model.
-        if name == "quantization_config":
-            value = _with_whole_gates(value)
-        super().__setattr__(name, value)
+    @property
+    def attention_types(self) -> list[str]:
+        """What each layer is: `layer_types`, or what `sliding_window` says of all."""
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+        return getattr(self, "layer_types", None) or [kind] * self.num_hidden_layers
 
     @property
     def open_gate_logit(self) -> float:
@@ -135,9 +131,9 @@ class GatedLlamaConfig(LlamaConfig):
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
             )
-        if unknown := set(self.layer_types) - {"full_attention", "sliding_attention"}:
+        if unknown := set(self.attention_types) - {"full_attention", "sliding_attention"}:
             raise ValueError(f"layer_types may hold full_attention and sliding_attention, not {sorted(unknown)}.")
-        if "sliding_attention" in self.layer_types and not self.sliding_window:
+        if "sliding_attention" in self.attention_types and not self.sliding_window:
             raise ValueError("layer_types has sliding_attention layers: give sliding_window, the tokens they see.")
         if not (math.isfinite(self.gate_scale) and self.gate_scale > 0):
             raise ValueError(f"gate_scale must be a positive number, not {self.gate_scale}.")
@@ -153,17 +149,6 @@ class GatedLlamaConfig(LlamaConfig):
                 f"gate_init='open' without a bias needs gate_scale=2.0: zero weights make a gate of gate_scale/2, "
                 f"which is {self.gate_scale / 2:g} here. Use gate_scale=2.0, or gate_bias=True."
             )
-
-
-def _with_whole_gates(quantization_config: Any) -> Any:
-    """A quantization config (an object; the dict of a quantized checkpoint says it all) that leaves the gates alone."""
-    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes; torchao and others
-        if hasattr(quantization_config, name):
-            asked = getattr(quantization_config, name)
-            quantization_config = deepcopy(quantization_config)  # the caller's own stays as it is
-            skipped = UNQUANTIZED if asked is None else [*asked, *(set(UNQUANTIZED[-1:]) - set(asked))]
-            setattr(quantization_config, name, list(skipped))
-    return quantization_config
 
 
 GatedLlamaConfig.register_for_auto_class()

@@ -11,7 +11,9 @@ Shapes on the lines that change them:
     E  hidden_size              G  gate values per head: 1 (headwise) or H (elementwise)
 """
 
+import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
 
@@ -24,25 +26,20 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    GenerationMixin,
 )
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations import use_kernelized_func
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -54,10 +51,11 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 
 try:
@@ -68,30 +66,15 @@ except ImportError:
     from configuration_gated import GatedLlamaConfig
 
 
-class ScaledSigmoid(torch.autograd.Function):
-    """`scale · σ(logits)`, which keeps one tensor for its gradient: its result, which the product with it keeps too."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits: torch.Tensor, scale: float) -> torch.Tensor:
-        return torch.sigmoid(logits).mul_(scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
-        ctx.scale = inputs[1]
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gate,) = ctx.saved_tensors
-        return torch.addcmul(gate, gate, gate, value=-1 / ctx.scale).mul_(grad), None  # g' = s·σ·(1 − σ) = g − g²/s
+# What quantizers leave as it is: their own default, the head's last layer, and the gates, whose few weights decide over
+# whole heads. They match names from the first letter on, so that "attn_gate" alone would match nothing.
+UNQUANTIZED = ["lm_head", "score", "qa_outputs", r".*\.attn_gate\..*"]
 
 
 class AttentionGate(nn.Module):
     """
-    The gate values of one layer, `gate_scale · σ(X Wg + bg)`, drawn towards 1 where `gate_strength` is not 1: from
-    hidden states `(B, T, E)` to `(B, T, N·G)`.
+    The gate of one layer: `Y ⊙ gate`, where gate = gate_scale · σ(X Wg + bg), drawn towards 1 where `gate_strength` is
+    not 1.
 
     Its projection is a plain `nn.Linear` inside a sub-module: quantizers, tensor parallelism and PEFT know what to do
     with it, and engines that fuse the linears reading one input still find q, k and v alone.
@@ -105,17 +88,21 @@ class AttentionGate(nn.Module):
         self.proj = nn.Linear(
             config.hidden_size, config.num_attention_heads * self.values_per_head, bias=config.gate_bias
         )
-        # `_init_weights` meets this linear by itself, and as remote code it does not meet modules without parameters.
-        self.proj.is_attn_gate = True
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = self.proj(hidden_states)  # (B, T, E) -> (B, T, N·G)
-        if gate.requires_grad and not torch.compiler.is_compiling():  # a compiler finds by itself what to keep
-            gate = ScaledSigmoid.apply(gate, self.scale)
-        else:
-            gate = torch.sigmoid(gate)  # by itself, so that two of these are held at once and not three
-            gate = self.scale * gate
-        return gate if self.strength == 1 else 1 + self.strength * (gate - 1)
+    def forward(self, hidden_states: torch.Tensor, attn_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """From X (B, T, E) and Y (B, T, N, H): the gated Y (B, T, N·H), and σ of every gate (B, T, N·G)."""
+        scores = torch.sigmoid(self.proj(hidden_states))  # (B, T, E) -> (B, T, N·G)
+        attn_output = attn_output.reshape(*scores.shape, -1)  # (B, T, N·G, H/G)
+        # The scale inside the product: training keeps Y and σ and nothing else, and where s·σ is 1 so is the factor.
+        rest = self.zero.to(attn_output.dtype) if self.strength == 1 else (1 - self.strength) * attn_output
+        gated = torch.addcmul(rest, attn_output, scores.unsqueeze(-1), value=self.strength * self.scale)
+        return gated.flatten(-2), scores
+
+    def values(self, scores: torch.Tensor) -> torch.Tensor:
+        """The gates as they act, from their σ."""
+        gates = self.scale * scores
+        return gates if self.strength == 1 else 1 + self.strength * (gates - 1)
 
 
 @use_kernelized_func(apply_rotary_pos_emb)
@@ -131,7 +118,7 @@ class GatedLlamaAttention(LlamaAttention):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        sliding = config.attention_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
         q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
@@ -179,9 +166,8 @@ class GatedLlamaAttention(LlamaAttention):
             **kwargs,
         )
 
-        gate = self.attn_gate(hidden_states)  # (B, T, N·G)
-        attn_output = attn_output.reshape(*gate.shape, -1) * gate.unsqueeze(-1)  # (B, T, N·G, H/G)
-        return self.o_proj(attn_output.flatten(-2)), attn_weights  # (B, T, N·H) -> (B, T, E)
+        attn_output, _ = self.attn_gate(hidden_states, attn_output)  # (B, T, N, H) -> (B, T, N·H)
+        return self.o_proj(attn_output), attn_weights  # (B, T, N·H) -> (B, T, E)
 
 
 class GatedLlamaDecoderLayer(LlamaDecoderLayer):
@@ -194,23 +180,49 @@ class GatedLlamaDecoderLayer(LlamaDecoderLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+@dataclass
+class GatedLlamaModelOutput(BaseModelOutputWithPast):
+    """`gates`, with `output_gates=True`: of each layer the gate values (B, T, N·G)."""
+
+    gates: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class GatedLlamaCausalLMOutput(CausalLMOutputWithPast):
+    gates: tuple[torch.FloatTensor, ...] | None = None
+
+
 class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
     config: GatedLlamaConfig
     _no_split_modules = ["GatedLlamaDecoderLayer"]
     _can_record_outputs = {
         "hidden_states": GatedLlamaDecoderLayer,
         "attentions": GatedLlamaAttention,
-        "gates": OutputRecorder(AttentionGate, index=0),
+        "gates": OutputRecorder(AttentionGate, index=1),
     }
+
+    def __init__(self, config: GatedLlamaConfig, *args, **kwargs):
+        config.validate_architecture()  # again: from_pretrained(sliding_window=None) and its like set fields later
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, quantization_config=None, **kwargs
+    ):
+        """[`~transformers.PreTrainedModel.from_pretrained`], in which `quantization_config` leaves the gates whole."""
+        if quantization_config is not None:
+            kwargs["quantization_config"] = _with_whole_gates(quantization_config)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if getattr(module, "is_attn_gate", False) and self.config.gate_init == "open":
-            init.zeros_(module.weight)
-            if module.bias is not None:
-                init.constant_(module.bias, self.config.open_gate_logit)
-        else:
-            super()._init_weights(module)
+        super()._init_weights(module)
+        if isinstance(module, AttentionGate):  # after its projection, which was initialised as any other
+            init.zeros_(module.zero)
+            if self.config.gate_init == "open":
+                init.zeros_(module.proj.weight)
+                if module.proj.bias is not None:
+                    init.constant_(module.proj.bias, self.config.open_gate_logit)
 
     def set_gate_strength(self, strength: float) -> None:
         """
@@ -223,59 +235,32 @@ class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
                 module.strength = strength
 
 
-@torch.compiler.assume_constant_result  # run while tracing: it takes a lock, which Dynamo cannot trace
-def _install_recording_hooks(model: nn.Module) -> bool:
-    maybe_install_capturing_hooks(model)
-    return True
+def _with_whole_gates(quantization_config):
+    """A copy of a quantization config, or of the dict of one, that leaves the gates alone."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):  # bitsandbytes; torchao and others
+        if hasattr(quantization_config, name):
+            asked = getattr(quantization_config, name)
+            quantization_config = deepcopy(quantization_config)  # the caller's own stays as it is
+            skipped = UNQUANTIZED if asked is None else [*asked, *(set(UNQUANTIZED[-1:]) - set(asked))]
+            setattr(quantization_config, name, list(skipped))
+    return quantization_config
 
 
-def returns_gates(forward: Callable, output_class: type) -> Callable:
-    """
-    An in-tree `forward`, returning an `output_class` whose `gates` holds what `output_gates=True` recorded: for each
-    layer the gate values `(B, T, N·G)`. The heads hand the base model a list to put them in, since their in-tree
-    forwards build their outputs field by field.
-    """
+def returns_gate_values(forward: Callable) -> Callable:
+    """What `capture_outputs` recorded are the σ of the gates; what a caller gets are the gates as they act."""
 
+    @can_return_tuple
     @wraps(forward)
-    def gated_forward(self, *args, gates_out: list | None = None, return_dict: bool | None = None, **kwargs):
-        is_base = self.base_model is self
-        if not is_base:
-            kwargs["gates_out"] = gates_out = []
-        elif kwargs.get("output_gates", getattr(self.config, "output_gates", False)):
-            _install_recording_hooks(self)
+    def forward_with_gate_values(self, *args, **kwargs):
         outputs = forward(self, *args, return_dict=True, **kwargs)
-        if is_base and gates_out is not None:
-            gates_out.append(outputs.get("gates"))
-        outputs = output_class(**{**outputs, "gates": outputs.get("gates") if is_base else gates_out[0]})
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return outputs if return_dict else outputs.to_tuple()
+        if outputs.gates is not None:
+            layers = zip(self.layers, outputs.gates, strict=True)
+            outputs.gates = tuple(layer.self_attn.attn_gate.values(scores) for layer, scores in layers)
+        return outputs
 
-    return gated_forward
-
-
-@dataclass
-class GatedLlamaModelOutput(BaseModelOutputWithPast):
-    gates: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class GatedLlamaCausalLMOutput(CausalLMOutputWithPast):
-    gates: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class GatedLlamaSequenceClassifierOutput(SequenceClassifierOutputWithPast):
-    gates: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class GatedLlamaTokenClassifierOutput(TokenClassifierOutput):
-    gates: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class GatedLlamaQuestionAnsweringOutput(QuestionAnsweringModelOutput):
-    gates: tuple[torch.FloatTensor, ...] | None = None
+    return forward_with_gate_values
 
 
 class GatedLlamaModel(GatedLlamaPreTrainedModel):
@@ -291,69 +276,158 @@ class GatedLlamaModel(GatedLlamaPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.has_sliding_layers = "sliding_attention" in config.layer_types
 
         self.post_init()
 
-    # Qwen2's, which masks each layer by its type; Llama's knows no sliding layers.
-    forward = returns_gates(Qwen2Model.forward, GatedLlamaModelOutput)
+    @merge_with_config_defaults
+    @returns_gate_values
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GatedLlamaModelOutput:
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T) -> (B, T, E)
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        attention_types = self.config.attention_types
+        # It may already have been prepared by e.g. `generate`
+        if not isinstance(causal_mask_mapping := attention_mask, dict):
+            mask_kwargs = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            create = {
+                "full_attention": create_causal_mask,
+                "sliding_attention": create_sliding_window_causal_mask,
+            }
+            causal_mask_mapping = {kind: create[kind](**mask_kwargs) for kind in dict.fromkeys(attention_types)}
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+
+        for i, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask_mapping[attention_types[i]],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        hidden_states = self.norm(hidden_states)
+        return GatedLlamaModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+        )
 
 
-class GatedLlamaForCausalLM(GatedLlamaPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = LlamaForCausalLM._tied_weights_keys
-    _tp_plan = LlamaForCausalLM._tp_plan
-    _pp_plan = LlamaForCausalLM._pp_plan
-    _fsdp_plan = LlamaForCausalLM._fsdp_plan
+class GatedLlamaForCausalLM(LlamaForCausalLM, GatedLlamaPreTrainedModel):
+    config: GatedLlamaConfig
 
     def __init__(self, config: GatedLlamaConfig):
-        super().__init__(config)
+        GatedLlamaPreTrainedModel.__init__(self, config)
         self.model = GatedLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
         self.post_init()
 
-    forward = returns_gates(LlamaForCausalLM.forward, GatedLlamaCausalLMOutput)
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> GatedLlamaCausalLMOutput:
+        outputs: GatedLlamaModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+        # As in Transformers before 5.17, which has no function for it.
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T, E) -> (B, T kept, vocabulary)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return GatedLlamaCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            gates=outputs.gates,
+        )
 
 
 # The in-tree heads build their base with AutoModel, which asks again for trust in remote code; these name it.
 
 
-class GatedLlamaForSequenceClassification(GatedLlamaPreTrainedModel):
+class GatedLlamaForSequenceClassification(GenericForSequenceClassification, GatedLlamaPreTrainedModel):
     def __init__(self, config: GatedLlamaConfig):
-        super().__init__(config)
+        GatedLlamaPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = GatedLlamaModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
         self.post_init()
 
-    forward = returns_gates(GenericForSequenceClassification.forward, GatedLlamaSequenceClassifierOutput)
 
-
-class GatedLlamaForTokenClassification(GatedLlamaPreTrainedModel):
+class GatedLlamaForTokenClassification(GenericForTokenClassification, GatedLlamaPreTrainedModel):
     def __init__(self, config: GatedLlamaConfig):
-        super().__init__(config)
+        GatedLlamaPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = GatedLlamaModel(config)
-        classifier_dropout = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(0.1 if classifier_dropout is None else classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
 
         self.post_init()
 
-    forward = returns_gates(GenericForTokenClassification.forward, GatedLlamaTokenClassifierOutput)
 
-
-class GatedLlamaForQuestionAnswering(GatedLlamaPreTrainedModel):
+class GatedLlamaForQuestionAnswering(GenericForQuestionAnswering, GatedLlamaPreTrainedModel):
     def __init__(self, config: GatedLlamaConfig):
-        super().__init__(config)
+        GatedLlamaPreTrainedModel.__init__(self, config)
         self.model = GatedLlamaModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
         self.post_init()
-
-    forward = returns_gates(GenericForQuestionAnswering.forward, GatedLlamaQuestionAnsweringOutput)
 
 
 AUTO_CLASSES = {
@@ -365,6 +439,11 @@ AUTO_CLASSES = {
 }
 for auto_class, model_class in AUTO_CLASSES.items():
     model_class.register_for_auto_class(auto_class.__name__)  # saved with its code
+# Tables of names, by which the Trainer (label smoothing), pipelines and others know what kind of model a class is.
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gated_llama"] = "GatedLlamaForCausalLM"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["gated_llama"] = "GatedLlamaForSequenceClassification"
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["gated_llama"] = "GatedLlamaForTokenClassification"
+modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["gated_llama"] = "GatedLlamaForQuestionAnswering"
 if not __name__.startswith("transformers_modules."):  # remote code must not take the place of an installed package
     AutoConfig.register("gated_llama", GatedLlamaConfig, exist_ok=True)
     for auto_class, model_class in AUTO_CLASSES.items():

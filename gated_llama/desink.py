@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from gated_llama.attention import watched
 from gated_llama.diagnose import decoder_layers
 from gated_llama.errors import UserError
-from gated_llama.gates import gate_modules
+from gated_llama.gates import gate_modules, gate_values
 from gated_llama.rank_one import add, check, separating, with_ridge
 
 
@@ -299,7 +299,8 @@ def _fit_gates(
         Weight and bias with which the gates of `states` (B, T, E) come nearest to `wanted` (B, T, N) times what they
         are; R² (N) and the mean |gate − wanted| (N), both weighted.
     """
-    shares = gate(states).double().unflatten(2, (wanted.shape[2], -1)) * wanted[..., None] / gate.scale  # (B, T, N, G)
+    shares = gate_values(gate, states).double().unflatten(2, (wanted.shape[2], -1))  # (B, T, N, G)
+    shares = shares * wanted[..., None] / gate.scale
     sizes = outputs.double().square()
     sizes = sizes if shares.shape[3] > 1 else sizes.sum(3, keepdim=True)
     shares, sizes = (values.flatten(2).flatten(0, 1) for values in (shares, sizes))  # (B·T, N·G)

@@ -254,7 +254,9 @@ def look_at(
         stack.enter_context(watched(model, see))
         for layer, modules in gate_modules(model).items():
             for module in modules:
-                hook = module.register_forward_hook(lambda m, i, output, n=layer: gates.update({n: output[0]}))
+                hook = module.register_forward_hook(
+                    lambda m, i, output, n=layer: gates.update({n: m.values(output[1][0])})
+                )
                 stack.callback(hook.remove)
         _states(model, ids)
     by_head = torch.stack([gates[n].float().cpu().unflatten(1, (heads, -1)).mean(2) for n in gates]) if gates else None
@@ -499,7 +501,7 @@ class _GateSums:
         with ExitStack() as stack:
             for layer, gates in self.modules.items():
                 for gate in gates:
-                    hook = gate.register_forward_hook(lambda m, i, output, n=layer: self.see(n, output))
+                    hook = gate.register_forward_hook(lambda m, i, output, n=layer: self.see(n, m.values(output[1])))
                     stack.callback(hook.remove)
             yield
 

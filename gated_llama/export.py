@@ -185,7 +185,7 @@ def _require(config: GatedLlamaConfig, to: str, needs: dict[str, tuple], folder:
             raise UserError(f"{folder} has {name} {value!r}, which {to} cannot express: {instead}.")
     if config.architectures != ["GatedLlamaForCausalLM"]:
         raise UserError(f"{folder} is a {config.architectures[0]}; {to} is for causal language models.")
-    if "sliding_attention" in config.layer_types:
+    if "sliding_attention" in config.attention_types:
         raise UserError(f"{folder} has sliding-window layers, which {to} cannot express: {instead}.")
 
 

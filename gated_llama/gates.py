@@ -37,6 +37,11 @@ def gate_modules(model: nn.Module) -> dict[int, list[nn.Module]]:
     return gates
 
 
+def gate_values(gate: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The values (B, T, N·G) of an `AttentionGate` for hidden states (B, T, E), with nothing to multiply by them."""
+    return gate.values(torch.sigmoid(gate.proj(states)))
+
+
 def train_only_gates(model: nn.Module) -> int:
     """
     Freeze everything but the gates.

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from gated_llama.errors import UserError
-from gated_llama.gates import gate_modules, is_gate
+from gated_llama.gates import gate_modules, gate_values, is_gate
 
 
 PROBES = 64  # tokens whose gates are followed through the run
@@ -67,15 +67,15 @@ class GateMonitor(TrainerCallback):
     @torch.no_grad()
     def _see(self, layer: int, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         states = inputs[0].detach()  # (B, T, E)
-        gate = _gate(module, states)  # (B, T, N·G)
+        gate = gate_values(module, states).float()  # (B, T, N·G)
         moved = (gate - 1).abs()
         seen = torch.stack([torch.ones_like(gate), gate, gate < 0.1, gate > 1.5, moved]).sum(tuple(range(1, 4)))
         self._sums[layer] = self._sums.get(layer, 0) + seen.double()
         if layer not in self._probes:
             probe = states.flatten(0, 1)[:PROBES].clone()
-            self._probes[layer] = (probe, _gate(module, probe))
+            self._probes[layer] = (probe, gate_values(module, probe).float())
         probe, start = self._probes[layer]
-        self._drifts[layer] = (_gate(module, probe) - start).abs().mean()
+        self._drifts[layer] = (gate_values(module, probe).float() - start).abs().mean()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self._hooks:
@@ -129,11 +129,6 @@ class GateMonitor(TrainerCallback):
                 "with a higher learning rate for the gates."
             )
         return f"The gates moved by {self.drift:.3f} on average from step {first} to {last}."
-
-
-def _gate(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """What the module returns, without its hooks."""
-    return module.forward(states).float()
 
 
 def _norm(grads: list[torch.Tensor]) -> float:

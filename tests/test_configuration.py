@@ -3,13 +3,15 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from configuration_gated import AUTO_MAP, GatedLlamaConfig
+from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_config
 
 
@@ -64,9 +66,22 @@ def test_open_gate_logit_makes_a_gate_of_one(scale):
 def test_derived_fields():
     config = gated_config(attention_bias=True)
     assert (config.head_dim, config.attention_out_bias) == (6, True)
-    assert config.layer_types == ["full_attention"] * 3
     assert gated_config(attention_bias=True, attention_out_bias=False).attention_out_bias is False
-    assert gated_config(sliding_window=5).layer_types == ["sliding_attention"] * 3
+
+
+def test_layer_types_are_written_where_they_say_more_than_the_window():
+    full, sliding = ["full_attention"] * 3, ["sliding_attention"] * 3
+    mixed = [*full[:1], *sliding[:2]]
+    for fields, types in (({}, full), ({"sliding_window": 5}, sliding)):
+        for given in ({}, {"layer_types": None}, {"layer_types": types}):  # a config.json of before wrote them out
+            config = gated_config(**fields, **given)
+            assert config.attention_types == types
+            assert not hasattr(config, "layer_types") and "layer_types" not in config.to_dict()
+            config.num_hidden_layers = 5
+            assert GatedLlamaConfig.from_dict(config.to_dict()).attention_types == types[:1] * 5
+    config = gated_config(sliding_window=5, layer_types=mixed)
+    assert config.attention_types == config.layer_types == config.to_dict()["layer_types"] == mixed
+    assert gated_config(sliding_window=5, layer_types=full).attention_types == full
 
 
 def test_tensor_parallel_plan_names_the_norms_only_where_they_are():
@@ -103,22 +118,33 @@ def test_reads_configs_in_the_style_of_transformers_4():
     assert str(config.dtype) == "torch.bfloat16"
 
 
-@pytest.mark.parametrize("field", ["llm_int8_skip_modules", "modules_to_not_convert"])
-def test_quantizers_are_told_to_leave_the_gates_alone(tmp_path, field):
-    """As `from_pretrained` does it: the quantization is set on the config, before there is a model."""
+@pytest.mark.parametrize(
+    ("field", "quantization"),
+    [
+        ("llm_int8_skip_modules", {"load_in_8bit": True}),
+        ("modules_to_not_convert", {"quant_method": "quanto", "weights": "int8"}),
+    ],
+)
+@pytest.mark.parametrize("as_object", [True, False])
+def test_quantizers_are_told_to_leave_the_gates_alone(monkeypatch, field, quantization, as_object):
     gate, head = "model.layers.1.self_attn.attn_gate.proj", "lm_head"
+    told = {}
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(lambda cls, *args, **kw: told.update(kw)))
     for asked in (None, ["model.layers.0"]):
-        quantization = SimpleNamespace(**{field: asked})
-        config = gated_config()
-        config.quantization_config = quantization
-        patterns = getattr(config.quantization_config, field)
+        given = {**quantization, field: asked}
+        given = AutoQuantizationConfig.from_dict(given) if as_object else given
+        GatedLlamaForCausalLM.from_pretrained("anywhere", quantization_config=given)
+        patterns = getattr(told["quantization_config"], field)
         assert not should_convert_module(gate, patterns) and not should_convert_module(gate + ".weight", patterns)
         assert should_convert_module("model.layers.1.self_attn.q_proj", patterns)
         assert should_convert_module(head, patterns) == (asked is not None)  # who names modules has named them all
-        config.quantization_config = config.quantization_config
-        assert getattr(config.quantization_config, field) == patterns
-        assert getattr(quantization, field) is asked
+        assert (getattr(given, field) if as_object else given[field]) == asked  # the caller's own stays as it is
+        GatedLlamaForCausalLM.from_pretrained("anywhere", quantization_config=told["quantization_config"])
+        assert getattr(told["quantization_config"], field) == patterns
     # The controls: nothing named, and the gate named in the obvious way.
     assert should_convert_module(gate, []) and should_convert_module(gate, ["attn_gate"])
+    told.clear()
+    GatedLlamaForCausalLM.from_pretrained("anywhere")
+    assert "quantization_config" not in told
     saved = {"quant_method": "bitsandbytes", field: ["lm_head"]}
     assert gated_config(quantization_config=saved).quantization_config == saved

@@ -16,7 +16,7 @@ import modeling_gated
 from configuration_gated import AUTO_MAP
 from gated_llama.families import GATE_DEFAULTS, recognise
 from gated_llama.families import gated_config as config_of
-from modeling_gated import AttentionGate, GatedLlamaForCausalLM, GatedLlamaModel, ScaledSigmoid
+from modeling_gated import AttentionGate, GatedLlamaForCausalLM, GatedLlamaModel
 from tiny import VARIANTS, gated_config, gated_model, left_padding, published, source_model, tiny_tokenizer, token_ids
 
 
@@ -200,29 +200,55 @@ def test_attention_equals_an_independent_reference(fields, gate_type, gate_bias)
     assert (reference_attention(attention, seen["x"]) - expected).abs().max() > 1e-2  # the control
 
 
+def every_output(dtype, below=2.0**126):
+    """Attention outputs (1, T, 6, 6): every value that bf16 (or fp16) has, subnormal ones too, as `dtype`."""
+    kind = torch.float16 if dtype is torch.float16 else torch.bfloat16
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(kind)
+    values = values[values.abs() < below].to(dtype)
+    return values[: len(values) // 36 * 36].view(1, -1, 6, 6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("gate_type", GATE_TYPES)
-def test_open_gate_is_exactly_one_and_still_learns(gate_type, dtype):
+def test_open_gate_changes_no_bit_of_any_number_and_still_learns(gate_type, dtype):
     gate = gated_model(GatedLlamaModel, gate_type=gate_type, trained=False).layers[0].self_attn.attn_gate.to(dtype)
-    x = torch.randn(2, 3, 36, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    values = gate(x)
-    assert values.shape == (2, 3, 6 if gate_type == "headwise" else 36)
-    assert (values == 1).all()
-    values.sum().backward()
-    torch.testing.assert_close(gate.proj.weight.grad, (0.5 * x).sum((0, 1)).expand_as(gate.proj.weight))
+    y = every_output(dtype)
+    x = torch.randn(1, y.shape[1], 36, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    gated, scores = gate(x, y)
+    assert torch.equal(gated, y.flatten(-2))
+    assert (gate.values(scores) == 1).all() and scores.shape == (1, y.shape[1], 6 if gate_type == "headwise" else 36)
+    # The control: a factor of one half and then 2 loses the last bit of the smallest.
+    halved = (y * scores.unflatten(-1, (6, -1))) * 2
+    assert torch.equal(halved, y) == (dtype in (torch.float32, torch.float64))
+    x, y = x[:, :5], torch.ones(1, 5, 6, 6, dtype=dtype)
+    gate(x, y)[0].sum().backward()
+    slope = 0.5 * x.sum((0, 1)) * (6 if gate_type == "headwise" else 1)
+    torch.testing.assert_close(gate.proj.weight.grad, slope.expand_as(gate.proj.weight))
 
 
-@pytest.mark.parametrize("scale", [2.0, 1.3])
-def test_scaled_sigmoid_has_the_gradient_of_its_formula(scale):
-    logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul_(3).requires_grad_()
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # by torch's own forward mode
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+@pytest.mark.parametrize("gate_type", GATE_TYPES)
+def test_gate_has_the_derivatives_of_its_formula(gate_type, strength):
+    config = gated_config(gate_type=gate_type, gate_strength=strength, gate_bias=True, gate_scale=1.3)
+    gate = AttentionGate(config).double()
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1, 2, *size, dtype=torch.float64, generator=generator) for size in ((36,), (6, 6)))
 
-    def gate(x):
-        return ScaledSigmoid.apply(x, scale)
+    def formula(x, y):
+        factor = 1 + strength * (1.3 * torch.sigmoid(gate.proj(x)) - 1)
+        return (y * factor.unflatten(-1, (6, -1))).flatten(-2)
 
-    assert torch.autograd.gradcheck(gate, logits) and torch.autograd.gradgradcheck(gate, logits)
-    slope = scale * torch.sigmoid(logits) * (1 - torch.sigmoid(logits))
-    by_sample = torch.func.vmap(torch.func.grad(lambda row: gate(row).sum()))(logits.detach())
-    torch.testing.assert_close(by_sample, slope.detach())
+    def ours(x, y):
+        return gate(x, y)[0]
+
+    torch.testing.assert_close(ours(x, y), formula(x, y))
+    tangents = (torch.ones_like(x), torch.ones_like(y))
+    for derivative in (torch.func.jacrev, torch.func.jacfwd):  # backward and forward mode
+        torch.testing.assert_close(derivative(ours, (0, 1))(x, y), derivative(formula, (0, 1))(x, y))
+    torch.testing.assert_close(torch.func.jvp(ours, (x, y), tangents), torch.func.jvp(formula, (x, y), tangents))
+    inputs = (x.requires_grad_(), y.requires_grad_())
+    assert torch.autograd.gradcheck(ours, inputs) and torch.autograd.gradgradcheck(ours, inputs)
 
 
 def bytes_kept(model):
@@ -242,13 +268,18 @@ def bytes_kept(model):
 
 
 @pytest.mark.parametrize("gate_type", GATE_TYPES)
-def test_training_keeps_the_gate_values_and_their_product_and_no_more(gate_type, monkeypatch):
+def test_training_keeps_the_scores_and_their_product_and_no_more(gate_type, monkeypatch):
     """The attention output itself is kept by the attention; without the product, it would be o_proj's input too."""
     source = source_model("llama")
     added = bytes_kept(as_gated(source, gate_type=gate_type)) - bytes_kept(source)
     values = 6 if gate_type == "headwise" else 36
     assert added == 3 * 17 * (values + 36) * 4
-    monkeypatch.setattr(ScaledSigmoid, "apply", lambda logits, scale: scale * torch.sigmoid(logits))  # the control
+
+    def spelled_out(self, hidden_states, attn_output):  # the control
+        gate = self.scale * torch.sigmoid(self.proj(hidden_states))
+        return (attn_output.reshape(*gate.shape, -1) * gate.unsqueeze(-1)).flatten(-2), gate
+
+    monkeypatch.setattr(AttentionGate, "forward", spelled_out)
     plain = bytes_kept(as_gated(source, gate_type=gate_type)) - bytes_kept(source)
     assert plain == added + 3 * 17 * values * 4
 
@@ -327,7 +358,7 @@ def test_plain_folder_loads_with_open_gates(tmp_path, head, gate_type):
     published(tmp_path / "plain", source)
     config = gated_config(gate_type=gate_type, gate_scale=3.0, gate_bias=True)
     model = head.from_pretrained(tmp_path / "plain", config=config).eval()
-    gates = model(token_ids(1), output_gates=True).gates
+    gates = model.base_model(token_ids(1), output_gates=True).gates
     torch.testing.assert_close(torch.stack(gates), torch.ones_like(torch.stack(gates)), rtol=0, atol=1e-6)
     assert torch.equal(
         model.base_model.layers[2].self_attn.q_proj.weight, source.model.layers[2].self_attn.q_proj.weight
@@ -357,26 +388,37 @@ def test_save_and_load_keeps_every_bit(tmp_path):
 
 @pytest.mark.parametrize("gate_type", GATE_TYPES)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("head", HEADS)
-def test_every_class_returns_the_gates(head, implementation, gate_type):
-    model = gated_model(head, gate_type=gate_type)
+@pytest.mark.parametrize("model_class", [GatedLlamaModel, GatedLlamaForCausalLM])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_gates_that_are_returned_are_those_at_work(strength, model_class, implementation, gate_type):
+    model = gated_model(model_class, gate_type=gate_type, gate_strength=strength, gate_scale=1.5, gate_bias=True)
     model.set_attn_implementation(implementation)
-    expected = []
+    seen = []
     for module in model.modules():
         if isinstance(module, AttentionGate):
-            module.register_forward_hook(lambda module, args, output: expected.append(output))
+            module.register_forward_hook(lambda module, args, output: seen.append((args[1], output[0])))
     ids = token_ids(1)
     plain = model(ids)
     assert plain.gates is None
-    expected.clear()
+    seen.clear()
     outputs = model(ids, output_gates=True)
-    assert len(outputs.gates) == len(expected) == 3
-    assert all(map(torch.equal, outputs.gates, expected))
+    assert len(outputs.gates) == len(seen) == 3
+    for gate, (y, gated) in zip(outputs.gates, seen, strict=True):
+        torch.testing.assert_close((y * gate.unflatten(-1, (6, -1))).flatten(-2), gated)
     assert outputs.gates[0].shape == (1, 17, 6 if gate_type == "headwise" else 36)
     assert torch.equal(outputs[0], plain[0])
     assert all(map(torch.equal, model(ids, output_gates=True, return_dict=False)[-1], outputs.gates))
     model.config.output_gates = True
     assert len(model(ids).gates) == 3
+
+
+@pytest.mark.parametrize("head", HEADS[2:])
+def test_classification_heads_return_what_in_tree_ones_do(head):
+    """As those of mixtures of experts, they hand on no record of their layers; the base model beneath does."""
+    model = gated_model(head)
+    in_tree = source_model("llama", head.__name__.removeprefix("GatedLlama"))
+    assert model(token_ids(1), output_gates=True).keys() == in_tree(token_ids(1)).keys()
+    assert len(model.base_model(token_ids(1), output_gates=True).gates) == 3
 
 
 def test_gates_beside_other_recorded_outputs():
@@ -399,9 +441,9 @@ def test_compiles_to_one_graph(gate_type):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        outputs = compiled(ids, output_gates=True)  # the first call: nothing was recorded before
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
-        assert all(map(torch.equal, outputs.gates, model(ids, output_gates=True).gates))
+        gates = model(ids, output_gates=True).gates  # first by itself: Transformers puts its hooks in place then
+        assert all(map(torch.equal, compiled(ids, output_gates=True).gates, gates))
         model.set_gate_strength(0.5)
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 
