@@ -4,9 +4,10 @@
 import errno
 import json
 import os
+import posixpath
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,6 +20,8 @@ from gated_llama.errors import UserError, first_line
 
 
 CONFIG_NAME = "config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SENTENCE_MODULES = "modules.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 GATES_NAME = "model-gates.safetensors"
@@ -27,7 +30,7 @@ SINGLE_SHARD = "model-00001-of-00001.safetensors"  # a file called model.safeten
 # What is carried over beside the weights. Everything else at hand is left behind, and named.
 CARRIED = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "tokenizer.model",
     "tokenizer.model.v*",
     "spiece.model",
@@ -39,7 +42,13 @@ CARRIED = (
     "tekken.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
+    "custom_generate/*.py",
+    "custom_generate/requirements.txt",
+    SENTENCE_MODULES,
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",
@@ -88,17 +97,78 @@ class Checkpoint:
 
     @property
     def left_behind(self) -> list[str]:
-        kept = {*self.shards, *self.carried, *REPLACED}
+        carried = self.carried
+        kept = {*self.shards, *carried, *REPLACED}
         folders = {path.name + "/" for path in self.folder.iterdir() if path.is_dir() and path.name != ".cache"}
-        return sorted({name for name in _names(self.folder) if name not in kept} | folders)
+        entered = {name.partition("/")[0] + "/" for name in carried if "/" in name}
+        names = [*_names(self.folder), *(name for inner in entered for name in _inside(self.folder, inner))]
+        return sorted({name for name in names if name not in kept} | (folders - entered))
 
     def size(self) -> int:
         """Bytes of all shards."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
 
+    def copy_carried(self, folder: Path) -> None:
+        """Copy what is carried over to `folder`, but for what is there already."""
+        for name in self.carried:
+            target = folder / name
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                copy_file(self.folder / name, target)
+
 
 def carried_files(folder: Path) -> list[str]:
-    return sorted(name for name in _names(folder) if any(fnmatch(name, pattern) for pattern in CARRIED))
+    """
+    Names of the files beside the weights that belong to a checkpoint: those of `CARRIED`, and those that they name.
+
+    Raises:
+        UserError: one of them names a file outside the folder.
+    """
+    references = _references(folder)
+    folders = {pattern.partition("/")[0] for pattern in (*CARRIED, *references) if "/" in pattern}
+    names = [*_names(folder), *(name for inner in folders for name in _inside(folder, inner))]
+    return sorted(name for name in names if _belongs(name, references))
+
+
+def _belongs(name: str, references: set[str]) -> bool:
+    named = any(name == reference or (reference[-1] == "/" and name.startswith(reference)) for reference in references)
+    return named or any(fnmatch(name, pattern) for pattern in CARRIED)
+
+
+def _references(folder: Path) -> set[str]:
+    """
+    What a checkpoint's own JSON files name, folders with a slash behind: a tokenizer's code (in `auto_map`), with the
+    code that it imports, and the modules of Sentence Transformers, such as its pooling. Code is copied, never run.
+    """
+    folders, code = set(), set()
+    if (folder / TOKENIZER_CONFIG).is_file():
+        auto_map = read_json(folder / TOKENIZER_CONFIG).get("auto_map") or {}
+        for entry in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
+            for reference in entry if isinstance(entry, list) else [entry]:
+                if isinstance(reference, str) and "--" not in reference:  # that is the code of another repository
+                    code.add(f"{reference.rpartition('.')[0]}.py")
+    if (folder / SENTENCE_MODULES).is_file():
+        for module in read_json(folder / SENTENCE_MODULES, of=list):
+            path = posixpath.normpath(str(module.get("path") or "."))
+            folders |= set() if path == "." else {f"{path}/"}
+            kind = str(module.get("type") or "")
+            if not kind.startswith("sentence_transformers."):
+                code.add(f"{kind.partition('.')[0]}.py")
+    names: set[str] = set()
+    while new := code - names:
+        names |= new
+        for path in (folder / name for name in new if (folder / name).is_file()):
+            imported = re.findall(r"^\s*(?:from|import)\s+\.(\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            code |= {f"{module}.py" for module in imported}
+    for name in folders | names:
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise UserError(f"a file of {folder} names {name!r}, which is not inside the folder: correct it.")
+    return folders | names
+
+
+def _inside(folder: Path, inner: str) -> list[str]:
+    """Names of all files in a folder of `folder`, however deep."""
+    return [path.relative_to(folder).as_posix() for path in (folder / inner).rglob("*") if path.is_file()]
 
 
 def _names(folder: Path) -> list[str]:
@@ -134,21 +204,25 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Sourc
         except OfflineModeIsEnabled:
             wanted = None  # whatever the cache holds
         path = snapshot_download(source, revision=revision, allow_patterns=wanted)
+        if wanted and (references := _references(Path(path))):
+            wanted += [name for name in files if _belongs(name, references)]
+            path = snapshot_download(source, revision=revision, allow_patterns=wanted)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(f"{source} is no local folder, and the Hub did not give it: {first_line(error)}") from error
     return Source(Path(path), str(source), Path(path).name, on_hub=True)
 
 
 def _is_needed(name: str) -> bool:
-    if "/" in name or name.startswith(("consolidated", "adapter")):
+    if name.startswith(("consolidated", "adapter")):
         return False
-    return name.endswith((".safetensors", ".json")) or name == "README.md" or any(fnmatch(name, p) for p in CARRIED)
+    in_root = "/" not in name and (name.endswith((".safetensors", ".json", ".py")) or name == "README.md")
+    return in_root or any(fnmatch(name, pattern) for pattern in CARRIED)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, of: type = dict) -> dict | list:
     """
     Raises:
-        UserError: the file is missing, not readable, or does not hold a JSON object.
+        UserError: the file is missing, not readable, or does not hold a JSON object (or what else `of` says).
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -156,8 +230,9 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} is missing: {path.parent} is not a checkpoint folder.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): get a fresh copy of it.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object: get a fresh copy of it.")
+    if not isinstance(value, of):
+        wanted = {dict: "object", list: "array"}[of]
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an {wanted}: get a fresh copy of it.")
     return value
 
 
@@ -181,9 +256,19 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     raise UserError(f"{folder} has no {WEIGHTS_NAME} and no {INDEX_NAME}: it holds no weights that can be read.")
 
 
+def missing_tensors(wanted: Iterable[str], have: Iterable[str], *, tied: bool) -> list[str]:
+    """Keys of `wanted` that are not there. Of tied embeddings one is enough, whichever: Transformers takes either."""
+    wanted, have = set(wanted), set(have)
+    twins = {key for key in wanted if tied and key.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    return sorted(wanted - have - (twins if twins & have else set()))
+
+
 def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
     index = folder / INDEX_NAME
-    weight_map = read_json(index).get("weight_map")
+    contents = read_json(index)
+    if "metadata" not in contents:
+        raise UserError(f'{index} has no "metadata", which Transformers does not load: add "metadata": {{}}.')
+    weight_map = contents.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise UserError(f"{index} has no weight_map from tensor names to file names: get a fresh copy of it.")
     tensors = {}

@@ -32,9 +32,11 @@ from gated_llama.checkpoint import (
     SINGLE_SHARD,
     WEIGHTS_NAME,
     Checkpoint,
+    Source,
     TensorInfo,
     copy_file,
     find_source,
+    missing_tensors,
     new_folder,
     read_checkpoint,
     refuse_nesting,
@@ -43,6 +45,7 @@ from gated_llama.errors import UserError
 from gated_llama.families import Origin, gate_settings, gated_config, recognise
 from gated_llama.gates import is_gate
 from gated_llama.shards import DTYPE_NAMES, DTYPES, Recipe, carried, split_by_size, write_index, write_shards
+from gated_llama.tokenizer import Kept, keep_tokenizer
 from gated_llama.verify import Verification
 from gated_llama.verify import verify as compare
 
@@ -72,6 +75,7 @@ class ConversionResult:
     max_shard_size: str | int | None = None
     carried: list[str] = field(default_factory=list)  # other files
     left_behind: list[str] = field(default_factory=list)
+    tokenizer: str = "none"  # what became of it
     verification: Verification | None = None
 
     def to_json(self) -> str:
@@ -150,26 +154,36 @@ def convert_checkpoint(
     with new_folder(output, force=force) as folder:
         carried_bytes = write_shards(checkpoint, recipes, folder, link=link, progress=progress)
         write_index(folder, recipes)
-        for name in checkpoint.carried:
-            copy_file(checkpoint.folder / name, folder / name)
+        checkpoint.copy_carried(folder)
         for module in (configuration_gated, modeling_gated):
             copy_file(Path(module.__file__), folder / Path(module.__file__).name)
+        kept = keep_tokenizer(checkpoint.folder, _named(origin.config, found), folder, config)
         verification = _verify(checkpoint, origin, config, folder, progress) if verify else None
-        result = replace(result, carried_bytes=carried_bytes, verification=verification)
+        result = replace(result, carried_bytes=carried_bytes, verification=verification, tokenizer=kept.said)
         card = conversion_card(result, found, checkpoint.folder, origin.gated_class.__name__)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        config.conversion = _record(result, origin)
+        config.conversion = _record(result, origin, kept)
         # Last of all: without it nothing takes the folder for a checkpoint, whatever happened before.
         (folder / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
     return result
 
 
-def _record(result: ConversionResult, origin: Origin) -> dict:
+def _named(config: PreTrainedConfig, found: Source) -> PreTrainedConfig:
+    """A copy that says where it is from: for some Hub ids `AutoTokenizer` has rules of their own."""
+    config = deepcopy(config)
+    config.name_or_path = found.name if found.on_hub else str(found.folder)
+    return config
+
+
+def _record(result: ConversionResult, origin: Origin, kept: Kept) -> dict:
     """What config.json keeps of a conversion; of several in a row, the family that it all began with."""
     names = ("source", "revision", "source_layout", "gate_type", "gate_scale", "gate_bias", "gate_init")
     earlier = getattr(origin.config, "conversion", None) or {}
+    # What the tokenizer's file said before: an export to the family it came from says it again.
+    earlier_class = {name: earlier[name] for name in ("tokenizer_class",) if name in earlier}
     return {
         **{name: getattr(result, name) for name in names},
+        **({"tokenizer_class": kept.class_before} if kept.renamed else earlier_class),
         "source_model_type": earlier.get("source_model_type", origin.model_type),
         "gated_llama_version": __version__,
         "verification": result.verification and asdict(result.verification),
@@ -278,8 +292,7 @@ def _new_gate(key: str, shape: tuple[int, ...], config: GatedLlamaConfig, genera
 
 def _check_keys(checkpoint: Checkpoint, origin: Origin, have: dict[str, tuple[int, ...]], *, tied: bool) -> None:
     name, kind = checkpoint.folder, f"{origin.model_type} model"
-    optional = {"lm_head.weight"} if tied else set()
-    if missing := sorted(have.keys() - checkpoint.tensors.keys() - optional):
+    if missing := missing_tensors(have, checkpoint.tensors, tied=tied):
         raise UserError(f"{name} has no tensor {missing[0]}, which a {kind} of its config needs.")
     for key, info in checkpoint.tensors.items():
         if key not in have and not NOT_NEEDED.fullmatch(key):

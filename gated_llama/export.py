@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
@@ -27,8 +27,8 @@ from gated_llama.checkpoint import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Checkpoint,
-    copy_file,
     find_source,
+    missing_tensors,
     new_folder,
     read_checkpoint,
     refuse_nesting,
@@ -38,6 +38,7 @@ from gated_llama.errors import UserError
 from gated_llama.families import FAMILIES, base_config, read_gated_config
 from gated_llama.gates import is_gate
 from gated_llama.shards import Recipe, carried, write_index, write_shards
+from gated_llama.tokenizer import keep_tokenizer, name_class
 from gated_llama.verify import Verification
 from gated_llama.verify import verify as compare_models
 
@@ -96,7 +97,7 @@ def export_checkpoint(
         )
     gated_class = getattr(modeling_gated, config.architectures[0])
     shapes = shapes_of(gated_class, config, where)
-    if missing := sorted(shapes.keys() - checkpoint.tensors.keys() - {"lm_head.weight"}):
+    if missing := missing_tensors(shapes, checkpoint.tensors, tied=config.tie_word_embeddings):
         raise UserError(f"{checkpoint.folder} has no tensor {missing[0]}, which its config needs.")
     target = TARGETS[to](checkpoint, config)
 
@@ -104,8 +105,10 @@ def export_checkpoint(
         write_shards(checkpoint, target.recipes, folder, progress=progress)
         if {recipe.info.file for recipe in target.recipes.values()} != {WEIGHTS_NAME}:
             write_index(folder, target.recipes)
-        for name in checkpoint.carried:
-            copy_file(checkpoint.folder / name, folder / name)
+        checkpoint.copy_carried(folder)
+        if to == "base" and "tokenizer_class" in (config.conversion or {}):  # as it was before the conversion
+            name_class(folder, config.conversion["tokenizer_class"])
+        keep_tokenizer(checkpoint.folder, config, folder, AutoConfig.for_model(**target.config))
 
         def compare(dtype: torch.dtype | None, expect: str) -> Verification:
             return compare_models(

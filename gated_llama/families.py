@@ -4,7 +4,7 @@ The model families that a gated checkpoint can come from, as data: which config 
 family fixes without saying so, and which of its classes becomes which of ours.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from gated_llama.errors import UserError
-from gated_llama.official import gate_type_of, is_official
+from gated_llama.official import FLAGS, gate_type_of, is_official
 
 
 # Mean the same in every family.
@@ -39,11 +39,17 @@ COMMON_FIELDS = (
     "id2label",
     "label2id",
     "problem_type",
+    "output_hidden_states",
+    "return_dict",
+    "chunk_size_feed_forward",
 )
-
-
-# Not declared by the config classes, but read by their code where it is set.
-UNDECLARED_FIELDS = ("head_dim", "classifier_dropout")
+# Keys of a config.json that are not carried over: what the result says anew, what was read into other fields, where
+# the config was loaded from, and the paper authors' switches, which become fields of ours.
+NOT_CARRIED = {
+    *("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path"),
+    *("rope_theta", "rope_scaling", "torch_dtype", "quantization_config"),
+    *(*FLAGS, "qkv_bias", "use_qk_norm"),
+}
 
 
 @dataclass(frozen=True)
@@ -172,10 +178,12 @@ def gated_config(origin: Origin, settings: dict, *, where: str) -> GatedLlamaCon
     try:
         if origin.layout == "gated":
             return GatedLlamaConfig.from_dict(source.to_dict() | settings)
-        own_fields = [name for name in FAMILIES[origin.model_type].own_fields if name not in origin.fixed]
-        fields = {name: getattr(source, name) for name in (*COMMON_FIELDS, *own_fields)} | _undeclared(source)
-        fields["rope_parameters"] = {key: value for key, value in source.rope_parameters.items() if key != "type"}
-        return GatedLlamaConfig(**fields, **origin.fixed, **settings, architectures=[origin.gated_class.__name__])
+        own = [name for name in FAMILIES[origin.model_type].own_fields if name not in origin.fixed]
+        values = {name: getattr(source, name) for name in (*COMMON_FIELDS, *own)} | _undeclared(source)
+        values["rope_parameters"] = {key: value for key, value in source.rope_parameters.items() if key != "type"}
+        return GatedLlamaConfig(
+            **values | origin.fixed | settings | {"architectures": [origin.gated_class.__name__]},
+        )
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"{where} and the settings asked for make no gated model: {_reason(error)}") from error
 
@@ -183,15 +191,23 @@ def gated_config(origin: Origin, settings: dict, *, where: str) -> GatedLlamaCon
 def base_config(model_type: str, config: GatedLlamaConfig, architecture: str) -> PreTrainedConfig:
     """The config of the family `model_type` that says what `config` says, but for the gates."""
     family = FAMILIES[model_type]
-    fields = {name: getattr(config, name) for name in (*COMMON_FIELDS, *family.own_fields)}
-    fields |= _undeclared(config)
-    if "layer_types" in family.own_fields:  # Qwen forgets a window that it is not told to use
-        fields["use_sliding_window"] = config.sliding_window is not None
-    return getattr(transformers, f"{family.prefix}Config")(**fields, architectures=[architecture])
+    types = {"layer_types": config.attention_types} if "layer_types" in family.own_fields else {}
+    own = [name for name in family.own_fields if name not in types]
+    values = {name: getattr(config, name) for name in (*COMMON_FIELDS, *own)} | _undeclared(config) | types
+    if types:  # Qwen forgets a window that it is not told to use
+        values["use_sliding_window"] = config.sliding_window is not None
+    return getattr(transformers, f"{family.prefix}Config")(**values, architectures=[architecture])
 
 
 def _undeclared(config: PreTrainedConfig) -> dict:
-    return {name: getattr(config, name) for name in UNDECLARED_FIELDS if getattr(config, name, None) is not None}
+    """
+    Fields that the config's class does not declare and code reads where they are set, such as `is_causal` or
+    `original_max_position_embeddings`. What only ours declares is none of them, but for `head_dim`, which Qwen2 reads.
+    """
+    declared = {field.name for kind in (type(config), GatedLlamaConfig) for field in fields(kind)} - {"head_dim"}
+    left_out = declared | NOT_CARRIED | {"layer_types"}
+    values = {name: value for name, value in config.to_dict().items() if name not in left_out}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _reason(error: Exception) -> str:

@@ -491,9 +491,7 @@ def _write_result(
                         parameter.data = parameter.data.to(dtype)
             network.save_pretrained(partial, is_main_process=main)
         if main:
-            for name in checkpoint.carried:
-                if not (partial / name).exists():
-                    copy_file(checkpoint.folder / name, partial / name)
+            checkpoint.copy_carried(partial)
             if result.train != "lora":
                 for module in (configuration_gated, modeling_gated):
                     shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
@@ -503,8 +501,11 @@ def _write_result(
             record |= {"result": asdict(result), "log": trainer.state.log_history}
             (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             last = ("", CONFIG_NAME, ADAPTER_CONFIG, RECORD)
-            for path in sorted(partial.iterdir(), key=lambda path: last.index(path.name if path.name in last else "")):
-                path.replace(output / path.name)
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: last.index(path.name if path.name in last else "")):
+                target = output / path.relative_to(partial)
+                target.parent.mkdir(exist_ok=True)
+                path.replace(target)
     except (OSError, SafetensorError) as error:
         kept = _kept(trainer)
         raise UserError(f"{output}: the result could not be written: {first_line(error)}.{kept}") from error

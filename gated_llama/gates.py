@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gated_llama.checkpoint import GATES_NAME, SINGLE_SHARD, WEIGHTS_NAME, Checkpoint, copy_file
+from gated_llama.checkpoint import GATES_NAME, SINGLE_SHARD, WEIGHTS_NAME, Checkpoint
 from gated_llama.errors import UserError
 from gated_llama.shards import Recipe, carried, write_index, write_shards
 
@@ -100,5 +100,4 @@ def write_with_gates(
             recipes[key] = carried(key, info, file=SINGLE_SHARD if info.file == WEIGHTS_NAME else info.file)
     write_shards(checkpoint, recipes, folder, progress=progress)
     write_index(folder, recipes)
-    for name in checkpoint.carried:
-        copy_file(checkpoint.folder / name, folder / name)
+    checkpoint.copy_carried(folder)

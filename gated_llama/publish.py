@@ -55,8 +55,8 @@ folder, auto_class = sys.argv[1:]
 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
 with torch.device("meta"):
     model = getattr(transformers, auto_class).from_config(config, trust_remote_code=True)
-tied = set(model.all_tied_weights_keys)
-print(json.dumps({key: [*tensor.shape] for key, tensor in model.state_dict().items() if key not in tied}))
+tied = dict(model.all_tied_weights_keys)
+print(json.dumps([{key: [*tensor.shape] for key, tensor in model.state_dict().items()}, tied]))
 """
 
 
@@ -157,8 +157,12 @@ def check_loads(folder: str | os.PathLike, *, trust_remote_code: bool = False) -
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(f"{folder} does not load without this package: {reason}")
-    wanted = {key: tuple(shape) for key, shape in json.loads(done.stdout.splitlines()[-1]).items()}
+    shapes, tied = json.loads(done.stdout.splitlines()[-1])
+    wanted = {key: tuple(shape) for key, shape in shapes.items()}
     have = {key: info.shape for key, info in checkpoint.tensors.items()}
+    for pair in tied.items():  # one of two is enough, whichever
+        stored = next((have[key] for key in pair if key in have), None)
+        have |= dict.fromkeys(pair, stored) if stored else {}
     _compare(folder, wanted, have)
 
 
@@ -181,7 +185,7 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _compare(folder: Path, wanted: dict[str, tuple[int, ...]], have: dict[str, tuple[int, ...]]) -> None:
     for key in sorted(wanted.keys() | have.keys()):
-        if wanted.get(key) != have.get(key) and (key in wanted or "lm_head" not in key):  # a tied head may be stored
+        if wanted.get(key) != have.get(key):
             raise UserError(f"{folder}: the model has {key} of shape {wanted.get(key)}, its files {have.get(key)}.")
 
 

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"  carried   {result.carried_bytes / 1e6:,.1f} MB of weights as they are; {', '.join(result.carried)}")
         if result.left_behind:
             print(f"  left      {', '.join(result.left_behind)}")
+        print(f"  tokenizer {result.tokenizer}")
         print(f"  verified  {result.verification or 'no'}")
 
 

@@ -23,8 +23,9 @@ import gated_llama.convert
 import gated_llama.shards
 import modeling_gated
 from configuration_gated import AUTO_MAP
-from gated_llama import UserError, VerificationError, convert_checkpoint
+from gated_llama import UserError, VerificationError, convert_checkpoint, export_checkpoint
 from gated_llama.checkpoint import copy_file
+from gated_llama.publish import check_loads, contents_to_publish
 from hub import local_hub
 from tiny import VARIANTS, published, source_model, token_ids, write_shards
 
@@ -436,7 +437,7 @@ def test_gates_that_are_not_open_fail_verification(source, tmp_path, monkeypatch
 
 
 def test_verification_that_cannot_fail_is_a_failure(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(modeling_gated.AttentionGate, "forward", lambda self, x: x.new_ones(*x.shape[:2], 6))
+    monkeypatch.setattr(modeling_gated.AttentionGate, "forward", lambda self, x, y: (y.flatten(2), x))
     with pytest.raises(VerificationError, match="prove nothing"):
         convert(source, tmp_path / "gated")
 
@@ -661,3 +662,153 @@ def test_converts_from_a_hub_id(source, tmp_path):
     downloaded = {path.name for path in (tmp_path / "hf_home").rglob("*") if path.is_file() or path.is_symlink()}
     assert "tokenizer.json" in downloaded
     assert not {"pytorch_model.bin", "consolidated.safetensors", "consolidated.00.pth"} & downloaded
+
+
+# --- what others refer to, and what code reads without declaring it ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"is_causal": False},
+        {"tokenizer_class": "LlamaTokenizer", "something": {"of": "others"}},
+        {"output_hidden_states": True},
+        {"classifier_dropout": 0.5},
+    ],
+)
+def test_fields_that_no_class_declares_stay(tmp_path, extra):
+    source = published(tmp_path / "source", source_model("llama"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | extra))
+    convert(source, tmp_path / "gated")
+    assert extra.items() <= json.loads((tmp_path / "gated" / "config.json").read_text()).items()
+    export_checkpoint(tmp_path / "gated", tmp_path / "base", to="base", progress=False)
+    assert extra.items() <= json.loads((tmp_path / "base" / "config.json").read_text()).items()
+    outputs = [AutoModelForCausalLM.from_pretrained(tmp_path / name)(token_ids()) for name in ("source", "gated")]
+    assert torch.equal(outputs[0].logits, outputs[1].logits) and outputs[0].keys() == outputs[1].keys()
+    if "is_causal" in extra:  # the control
+        (source / "config.json").write_text(json.dumps(config))
+        causal = AutoModelForCausalLM.from_pretrained(source)(token_ids())
+        assert not torch.allclose(causal.logits, outputs[0].logits, atol=1e-3)
+
+
+def test_fields_that_a_family_does_not_read_do_not_become_ours(tmp_path):
+    """A Llama slides nowhere, whatever its config.json says."""
+    source = published(tmp_path / "source", source_model("llama"))
+    path = source / "config.json"
+    unread = {"sliding_window": 3, "layer_types": ["sliding_attention"] * 3, "gate_scale": 7.0, "use_qk_norm": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | unread))
+    convert(source, tmp_path / "gated", verify=False)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("source", "gated")]
+    assert torch.equal(*(model(token_ids(), use_cache=False).logits for model in models))
+    assert models[1].config.sliding_window is None and models[1].config.gate_scale == 2
+
+
+@pytest.mark.parametrize("place", ["beside", "inside"])
+def test_longrope_with_its_original_length_beside_or_inside(tmp_path, place):
+    source = published(tmp_path / "source", source_model("llama-longrope"))
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    if place == "beside":
+        config["original_max_position_embeddings"] = config["rope_scaling"].pop("original_max_position_embeddings")
+    path.write_text(json.dumps(config))
+    convert(source, tmp_path / "gated")
+    ids = torch.cat([token_ids(1), token_ids(1, 30)], dim=1)  # longer than the original length
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("source", "gated")]
+    assert torch.equal(*(model(ids).logits for model in models))
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral"])
+def test_pruned_and_deepened_models_load_as_their_in_tree_ones_do(tmp_path, variant):
+    published(tmp_path / "source", source_model(variant))
+    convert(tmp_path / "source", tmp_path / "gated")
+    for name in ("source", "gated"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        model.model.layers = model.model.layers[:2]
+        model.config.num_hidden_layers = 2
+        model.save_pretrained(tmp_path / f"{name}-pruned")
+        config = AutoConfig.from_pretrained(tmp_path / name)
+        config.num_hidden_layers = 5
+        assert len(AutoModelForCausalLM.from_config(config)(token_ids(), output_hidden_states=True).hidden_states) == 6
+    pruned = [AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-pruned") for name in ("source", "gated")]
+    assert torch.equal(*(model(token_ids()).logits for model in pruned))
+
+
+def test_a_window_that_is_switched_off_when_loading(tmp_path):
+    published(tmp_path / "source", source_model("mistral"))
+    convert(tmp_path / "source", tmp_path / "gated")
+    models = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, sliding_window=None).eval()
+        for name in ("source", "gated")
+    ]
+    assert torch.equal(*(model(token_ids()).logits for model in models))
+    assert torch.equal(*(model.generate(token_ids(1), max_new_tokens=5, do_sample=False) for model in models))
+    windowed = AutoModelForCausalLM.from_pretrained(tmp_path / "gated")
+    assert not torch.equal(windowed(token_ids()).logits, models[1](token_ids()).logits)  # the control
+    published(tmp_path / "qwen2", source_model("qwen2-sliding"))
+    convert(tmp_path / "qwen2", tmp_path / "gated-qwen2")
+    with pytest.raises(ValueError, match="layer_types has sliding_attention layers: give sliding_window"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "gated-qwen2", sliding_window=None)
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("to", ["base", "qwen3_5", "official"])
+def test_tied_weights_under_either_name(tmp_path, stored, to):
+    model = source_model("qwen3", tie_word_embeddings=True)
+    source = published(tmp_path / "source", model)
+    weights = load_file(source / "model.safetensors")
+    weights[stored] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    in_tree = AutoModelForCausalLM.from_pretrained(source)(token_ids()).logits
+    convert(source, tmp_path / "gated")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "gated")(token_ids()).logits, in_tree)
+    check_loads(tmp_path / "gated")
+    export_checkpoint(tmp_path / "gated", tmp_path / "out", to=to, progress=False)
+    del weights[stored]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has no tensor (lm_head|model.embed_tokens).weight"):
+        convert(source, tmp_path / "none")
+
+
+def test_an_index_without_metadata_is_refused_in_a_sentence(tmp_path):
+    source = published(tmp_path / "source", source_model("llama"), shards=2)
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({"weight_map": index["weight_map"]}))
+    with pytest.raises(KeyError):  # the control: so does Transformers
+        AutoModelForCausalLM.from_pretrained(source)
+    with pytest.raises(UserError, match='has no "metadata", which Transformers does not load'):
+        convert(source, tmp_path / "gated")
+
+
+def test_files_that_others_refer_to_are_carried(tmp_path):
+    source = published(tmp_path / "source", source_model("mistral", "Model"), tokenizer=True)
+    files = {
+        "additional_chat_templates/tool_use.jinja": "TOOLS",
+        "custom_generate/generate.py": "raise SystemExit('code was run')",
+        "modules.json": json.dumps(
+            [
+                {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+                {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+                {"idx": 2, "name": "2", "path": "./2_Own", "type": "own_module.Own"},
+            ]
+        ),
+        "config_sentence_transformers.json": "{}",
+        "sentence_bert_config.json": "{}",
+        "1_Pooling/config.json": '{"pooling_mode_lasttoken": true}',
+        "2_Own/deep/er.json": "{}",
+        "own_module.py": "raise SystemExit('code was run')",
+    }
+    others = {"notes.md": "", "onnx/model.onnx": "", "custom_generate/cache.bin": ""}
+    for name, text in {**files, **others}.items():
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
+        (source / name).write_text(text)
+    result = convert(source, tmp_path / "gated")
+    assert {name: (tmp_path / "gated" / name).read_text() for name in files} == files
+    assert set(files) <= set(result.carried)
+    assert result.left_behind == ["custom_generate/cache.bin", "notes.md", "onnx/"]
+    sent = contents_to_publish(tmp_path / "gated")
+    assert set(files) <= set(sent)
+    (source / "modules.json").write_text('[{"path": "../elsewhere", "type": "sentence_transformers.models.Dense"}]')
+    with pytest.raises(UserError, match=r"names '../elsewhere/', which is not inside the folder"):
+        convert(source, tmp_path / "refused")
