@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig, PeftModel
 from peft.utils import constants
 from safetensors import SafetensorError
@@ -40,7 +42,7 @@ def gated_lora_config(r: int = 16, *, mlp: bool = False, **settings) -> LoraConf
     defaults = {
         "lora_alpha": 2 * r,
         "target_modules": ATTENTION_AND_MLP if mlp else ATTENTION,
-        "modules_to_save": ["attn_gate"],
+        "modules_to_save": ["attn_gate.proj"],  # the linear: of those PEFT mixes the adapters of a batch
         "task_type": "CAUSAL_LM",
     }
     return LoraConfig(r=r, **{**defaults, **settings})
@@ -60,31 +62,49 @@ def base_of(adapter: str | os.PathLike) -> str:
     return base
 
 
+def _folder_of(adapter: str | os.PathLike, settings: dict) -> Path:
+    """Where the adapter's two files are: in a local folder, or in the Hub's cache, downloaded if need be."""
+    subfolder = settings.get("subfolder")
+    if Path(adapter).is_dir():
+        return Path(adapter, subfolder or "")
+    names = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+    where = {name: settings[name] for name in names if name in settings}
+    try:
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            path = hf_hub_download(str(adapter), name, subfolder=subfolder, **where)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"{adapter} is no local folder, and the Hub did not give its adapter: {first_line(error)}"
+        ) from error
+    return Path(path).parent
+
+
 def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, **settings) -> PeftModel:
     """
     [`~peft.PeftModel.from_pretrained`], which by itself leaves out gates that find no place in the model.
 
     Args:
         model: the converted checkpoint that the adapter was trained on.
-        settings: as for `PeftModel.from_pretrained`, such as `is_trainable=True`.
+        adapter: a folder, or the id of a Hub repository.
+        settings: as for `PeftModel.from_pretrained`, such as `is_trainable=True`, `subfolder` or `revision`.
 
     Raises:
         UserError: the adapter is not whole, or `model` is not a model like the one it was trained on.
     """
-    adapter = Path(adapter)
-    gates = {key: info.shape for key, info in read_header(adapter, ADAPTER_WEIGHTS).items() if is_gate(key)}
+    folder = _folder_of(adapter, settings)
+    gates = {key: info.shape for key, info in read_header(folder, ADAPTER_WEIGHTS).items() if is_gate(key)}
     have = {PEFT_PREFIX + name: tuple(parameter.shape) for name, parameter in gate_parameters(model)}
     name = model.config.name_or_path or type(model).__name__
     for key, shape in gates.items():
         if key not in have:
             raise UserError(
-                f"{adapter} was trained with gates on {base_of(adapter)}, but {name} has no "
+                f"{adapter} was trained with gates on {base_of(folder)}, but {name} has no "
                 f"{key.removeprefix(PEFT_PREFIX)}: load it on that converted checkpoint."
             )
         if have[key] != shape:
             raise UserError(
                 f"{adapter} has gates of shape {list(shape)} where {name} has {list(have[key])}: load it on the "
-                f"converted checkpoint that it was trained on, {base_of(adapter)}."
+                f"converted checkpoint that it was trained on, {base_of(folder)}."
             )
     try:
         return PeftModel.from_pretrained(model, adapter, **settings)

@@ -4,7 +4,8 @@
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -38,6 +39,12 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> dict[str, list[int]]:
         ids = self.rows[number].tolist()
         return {"input_ids": ids, "labels": ids}
+
+    def first(self, tokens: int) -> "Rows":
+        """The first rows, of `tokens` tokens at the most, but one row at least."""
+        ends = accumulate(len(row) for row in self.rows)
+        count = max(1, sum(end <= tokens for end in ends))
+        return replace(self, rows=self.rows[:count])
 
     @property
     def tokens(self) -> int:
@@ -179,11 +186,15 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Docume
     return torch.cat([torch.tensor(begin, dtype=rows.dtype).expand(count, len(begin)), rows], dim=1)
 
 
-def split_off(rows: Rows, share: float) -> tuple[Rows, Rows | None]:
-    """The rows to train on, and the last `share` of them, held out: None if that makes no row."""
+def split_off(rows: Rows, share: float, most: int) -> tuple[Rows, Rows | None]:
+    """
+    The rows to train on, and the last `share` of them, held out: None if that makes no row, and no more of them than
+    have `most` tokens.
+    """
     held_out = int(len(rows) * share)
     if held_out == 0:
         return rows, None
+    held_out = len(replace(rows, rows=rows.rows[-held_out:]).first(most))
     kept = len(rows) - held_out
     return Rows(rows.rows[:kept], rows.documents, rows.truncated, rows.dropped), Rows(rows.rows[kept:], rows.documents)
 

@@ -8,8 +8,11 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 
 import configuration_gated
 import modeling_gated
@@ -51,7 +55,7 @@ from gated_llama.trainer import GatedTrainer, has_accelerator, is_sharded, train
 LEARNING_RATES = {"lora": 2e-4, "gates": 2e-5, "full": 2e-5}
 POSITIVE = (
     *("epochs", "steps", "length", "batch_size", "accumulate", "lr", "lora_rank", "fsdp_size", "tp_size"),
-    *("save_steps", "log_steps"),
+    *("save_steps", "log_steps", "eval_tokens"),
 )
 # In the folder of a run, beside what it made: its checkpoints, and what it was asked to do and did.
 CHECKPOINTS = "checkpoints"
@@ -95,6 +99,7 @@ class FinetuneSettings:
     Attributes:
         train: `"lora"`, `"gates"` or `"full"`.
         eval_data: data to measure on, as for training; without it the share `held_out` of the rows is kept for that.
+        eval_tokens: of either no more than these, so that measuring takes little beside training.
         epochs, steps: passes over the data, or, if given, optimizer steps.
         length, packing: tokens a row; whether rows are filled with one document after the other, or hold one each.
         batch_size, accumulate: rows that a process takes at once; how often it does for one step.
@@ -111,6 +116,7 @@ class FinetuneSettings:
     train: str = "lora"
     eval_data: tuple[str, ...] = ()
     held_out: float = 0.05
+    eval_tokens: int = 50_000
     epochs: float = 1.0
     steps: int | None = None
     length: int = 512
@@ -151,6 +157,10 @@ class FinetuneSettings:
             raise UserError(f"held_out is a share of the data from 0 to less than 1, not {self.held_out}.")
         if self.quantize and self.train != "lora":
             raise UserError(f"quantized weights cannot be trained: use train='lora', not {self.train!r}.")
+        if self.quantize and find_spec("bitsandbytes") is None:
+            raise UserError("quantize needs the package bitsandbytes: `pip install bitsandbytes`, or leave it out.")
+        if self.report_to not in ("none", "all", *get_available_reporting_integrations()):
+            raise UserError(f"report_to {self.report_to!r} needs a package of its name: install it, or leave it out.")
         if self.sharded and self.train == "lora":
             # PEFT trains a copy of the gates, and a sharded parameter cannot be copied (torch 2.13, peft 0.21).
             raise UserError(
@@ -232,7 +242,10 @@ def finetune_checkpoint(
         network = _load_network(found, config, settings)
         parameters = count_parameters(network)
         announce(str(parameters))
-        announce(f"on {rows}" + (f", with {len(held_out):,} rows held out" if held_out else ""))
+        if not settings.packing and tokenizer.pad_token is None:
+            padding = _padding(tokenizer).pad_token
+            announce(f"the tokenizer has no padding token: rows are padded with {padding}, as TRL does, without a loss")
+        announce(f"on {rows}" + (f"; measured on {len(held_out):,} rows held out" if held_out else ""))
         trainer = _trainer(network, tokenizer, rows, held_out, output, config, settings, progress, last is None)
         _run(trainer, last)
     except BaseException:
@@ -280,8 +293,8 @@ def _rows(
         return rows
 
     if settings.eval_data:
-        return cut(data, settings.seed), cut(settings.eval_data, None)
-    return split_off(cut(data, settings.seed), settings.held_out)
+        return cut(data, settings.seed), cut(settings.eval_data, None).first(settings.eval_tokens)
+    return split_off(cut(data, settings.seed), settings.held_out, settings.eval_tokens)
 
 
 def _open_run(output: Path, asked: dict, resume: bool) -> None:
@@ -376,13 +389,15 @@ def _with_lora(network: PreTrainedModel, found: Source, settings: FinetuneSettin
         from gated_llama.adapters import gated_lora_config
     except ImportError as error:
         raise UserError("LoRA needs the peft package: `pip install peft`, or train the gates or all of it.") from error
-    if settings.quantize:
-        network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
     # What the adapter will name as its base.
     network.name_or_path = _name(found)
-    return get_peft_model(
-        network, gated_lora_config(settings.lora_rank, mlp=settings.lora_mlp, revision=found.revision)
-    )
+    lora = gated_lora_config(settings.lora_rank, mlp=settings.lora_mlp, revision=found.revision)
+    with warnings.catch_warnings():
+        # PEFT's use of a name that Transformers 5.23 deprecates is nothing that a user can mend.
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        if settings.quantize:
+            network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
+        return get_peft_model(network, lora)
 
 
 def _trainer(
@@ -418,11 +433,19 @@ def _trainer(
         disable_tqdm=not progress,
         include_num_input_tokens_seen="non_padding",
     )
-    collator = DataCollatorForSeq2Seq(tokenizer)  # pads, and lets no padding count in the loss
+    collator = DataCollatorForSeq2Seq(_padding(tokenizer))  # pads, and lets no padding count in the loss
     try:
         return GatedTrainer(network, arguments, collator, rows, held_out, gate_lr=settings.gate_lr)
     except (ImportError, RuntimeError, ValueError) as error:  # a logger that is not installed, a device that cannot
         raise UserError(f"the Trainer does not take these settings: {first_line(error)}") from error
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Llama's has no padding token; TRL then takes the end-of-text token, and rows of equal length need none at all."""
+    if tokenizer.pad_token is None:
+        tokenizer = deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def _run(trainer: GatedTrainer, last: Path | None) -> None:

@@ -2,11 +2,11 @@
 """Watch a training run: what the gates do, layer by layer, next to the loss; and the end of a run that went wrong."""
 
 import math
-import resource
 import sys
 import time
 from collections import deque
 
+import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -30,7 +30,8 @@ class GateMonitor(TrainerCallback):
       last step on this process, and each of them by layer as `…/layer_00`;
     - `gate_drift`, the mean change of the gates of the first tokens seen, held fixed, since the run began;
     - `grad_norm_gates` and `grad_norm_rest`, before clipping;
-    - `tokens_per_second` over all processes (with `include_num_input_tokens_seen`) and `peak_memory_gb` of this one.
+    - `tokens_per_second` over all processes (with `include_num_input_tokens_seen`), of the time spent in steps, and
+      `peak_memory_gb` of this one.
 
     Only the steps that are logged are measured. Callbacks are told of a log one after the other, so put it before those
     of `report_to`, as [`gated_llama.finetune.GateTraining`] does: `trainer.callback_handler.callbacks.insert(0, …)`.
@@ -52,9 +53,10 @@ class GateMonitor(TrainerCallback):
         self._gates = gate_modules(model)
         self._trained = any(p.requires_grad for name, p in model.named_parameters() if is_gate(name))
         self.steps = (state.global_step, state.global_step)
-        self._clock = (time.monotonic(), state.num_input_tokens_seen)
+        self._tokens, self._seconds = state.num_input_tokens_seen, 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self._begun = time.monotonic()
         step = state.global_step + 1
         if step == self.steps[0] + 1 or step % state.logging_steps == 0 or step == state.max_steps:
             self._sums.clear()
@@ -84,6 +86,7 @@ class GateMonitor(TrainerCallback):
                 self._norms[group] = _norm([grad for gate, grad in grads if gate == wanted])
 
     def on_step_end(self, args, state, control, **kwargs):
+        self._seconds += time.monotonic() - self._begun
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -108,10 +111,9 @@ class GateMonitor(TrainerCallback):
             clipped = math.hypot(*self._norms.values())
             factor = float(logs.get("grad_norm", clipped)) / clipped if clipped else 1.0
             added |= {f"grad_norm_{group}": norm * factor for group, norm in self._norms.items()}
-        now, tokens = time.monotonic(), state.num_input_tokens_seen
-        if tokens > self._clock[1]:
-            added["tokens_per_second"] = (tokens - self._clock[1]) / (now - self._clock[0])
-        self._clock = (now, tokens)
+        if state.num_input_tokens_seen > self._tokens:
+            added["tokens_per_second"] = (state.num_input_tokens_seen - self._tokens) / self._seconds
+        self._tokens, self._seconds = state.num_input_tokens_seen, 0.0
         added["peak_memory_gb"] = _peak_memory() / 1e9
         logs.update(added)
         state.log_history[-1].update(added)
@@ -142,6 +144,10 @@ def _peak_memory() -> int:
     """Bytes: of the accelerator's memory if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -152,6 +158,18 @@ class LiveView(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.unit = " steps"
+        self._since = time.monotonic()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """What went by between two steps, for evaluations and checkpoints, is not in the bar's rate and ETA."""
+        if self.training_bar is not None:
+            between = time.monotonic() - self._since
+            self.training_bar.start_t += between
+            self.training_bar.last_print_t += between
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        self._since = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None:
@@ -183,13 +201,14 @@ def log_line(step: int, logs: dict) -> str:
 
 class LossGuard:
     """
-    Told the loss of every step, it ends a run that went wrong: at once if a loss is not finite, and when the mean of
-    the last 10 is 3 nats above the lowest such mean and above the first.
+    Told the loss of every step, it ends a run that went wrong: at once if a loss is not finite, and, of losses in nats
+    per token, when the mean of the last 10 is 3 nats above the lowest such mean and above the first.
     """
 
     WINDOW, RISE = 10, 3.0
 
-    def __init__(self):
+    def __init__(self, *, in_nats: bool = True):
+        self._in_nats = in_nats
         self._recent: deque[float] = deque(maxlen=self.WINDOW)
         self._first: float | None = None
         self._lowest = math.inf
@@ -197,7 +216,7 @@ class LossGuard:
     def check(self, loss: float, step: int, rates: str) -> None:
         """
         Args:
-            loss: in nats per token.
+            loss: in nats per token, or in what else the loss of the run is.
             step: the number of the step, from 1.
             rates: the learning rates, to name in the error.
 
@@ -212,7 +231,7 @@ class LossGuard:
         mean = sum(self._recent) / self.WINDOW
         self._first = mean if self._first is None else self._first
         self._lowest = min(self._lowest, mean)
-        if mean > self._lowest + self.RISE and mean > self._first:
+        if self._in_nats and mean > self._lowest + self.RISE and mean > self._first:
             raise UserError(
                 f"the loss has diverged: {mean:.3g} over the {self.WINDOW} steps before step {step}, up from "
                 f"{self._lowest:.3g}. {self._cause(rates)}"

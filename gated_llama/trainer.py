@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as distributed_state
 from transformers import Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gated_llama.checkpoint import GATES_NAME
+from gated_llama.errors import UserError
 from gated_llama.gates import gate_parameter_groups, gate_parameters, is_gate
 from gated_llama.monitor import GateMonitor, LiveView, LossGuard
 
@@ -23,8 +25,14 @@ class GateTraining:
 
         class GatedSFTTrainer(GateTraining, SFTTrainer): ...
 
+    What Trainer takes, it takes too (docs/trainer.md goes through the arguments).
+
     Args:
-        gate_lr: learning rate of the gates; 50 times `args.learning_rate` if None.
+        gate_lr: learning rate of the gates; 50 times that of the weights if None.
+
+    Raises:
+        UserError: in training, the loss is no number or has diverged; or `gate_lr` was given with an optimizer that
+            forms its parameter groups itself (GaLore, LOMO, Muon and their like).
     """
 
     def __init__(self, *args, gate_lr: float | None = None, **kwargs):
@@ -35,29 +43,51 @@ class GateTraining:
         if self.pop_callback(ProgressCallback):
             self.add_callback(LiveView)
         self.pop_callback(PrinterCallback)
-        self._guard = LossGuard()
         self._step_loss = 0.0
 
+    def train(self, *args, **kwargs):
+        self._guard = LossGuard(in_nats=self._loss_is_in_nats())
+        return super().train(*args, **kwargs)
+
+    def _loss_is_in_nats(self) -> bool:
+        """A language model's own loss; that of a regression or of a function of the caller's may be anything."""
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "peft_config") else model
+        by_model = type(self).compute_loss is Trainer.compute_loss and self.compute_loss_func is None
+        return by_model and type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
     def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            groups = gate_parameter_groups(model, self.args.learning_rate, self.gate_lr, self.args.weight_decay)
-            if is_sharded(model):  # fused optimizers take no sharded and whole parameters together
-                kinds = [lambda p: hasattr(p, "full_tensor"), lambda p: not hasattr(p, "full_tensor")]
-                groups = [
-                    {**group, "params": list(filter(kind, group["params"]))} for group in groups for kind in kinds
-                ]
-                groups = [group for group in groups if group["params"]]
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(groups, **settings)
-        return self.optimizer
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        given = self.optimizer_cls_and_kwargs
+        optimizer_class, settings = given or self.get_optimizer_cls_and_kwargs(self.args, model)
+        plain = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+        if not plain or {"params", "model", "optimizer_dict"} & settings.keys():
+            if self.gate_lr is not None:
+                raise UserError(
+                    f"{optimizer_class.__name__} forms its parameter groups itself, which leaves no place for gate_lr: "
+                    "leave it out, or use another optimizer."
+                )
+            return super().create_optimizer(model)
+        lr, decay = settings.get("lr", self.args.learning_rate), settings.get("weight_decay", self.args.weight_decay)
+        groups = gate_parameter_groups(model, lr, self.gate_lr, decay)
+        if is_sharded(model):  # fused optimizers take no sharded and whole parameters together
+            kinds = [lambda p: hasattr(p, "full_tensor"), lambda p: not hasattr(p, "full_tensor")]
+            groups = [{**group, "params": list(filter(kind, group["params"]))} for group in groups for kind in kinds]
+            groups = [group for group in groups if group["params"]]
+        try:  # "params" there take the place of the Trainer's own groups
+            self.optimizer_cls_and_kwargs = (optimizer_class, {**settings, "params": groups})
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
         self._step_loss += loss.item()
         last_of_step = self.accelerator.gradient_state.sync_gradients
         if last_of_step or not math.isfinite(self._step_loss):
-            rates = ", ".join(f"{group['initial_lr']:g}" for group in self.optimizer.param_groups)
+            rates = ", ".join(f"{group.get('initial_lr', group['lr']):g}" for group in self.optimizer.param_groups)
             self._guard.check(self._step_loss, self.state.global_step + 1, rates)
             self._step_loss = 0.0
         return loss
@@ -65,18 +95,30 @@ class GateTraining:
 
 class GatedTrainer(GateTraining, Trainer):
     """
-    Transformers' Trainer with [`GateTraining`]. Where only gates are trained, its checkpoints hold only gates; and it
-    resumes models that `DistributedConfig` has sharded, which the Trainer alone does not.
+    Transformers' Trainer with [`GateTraining`]. Where only gates are trained, the checkpoints of a run hold only gates
+    (`save_model` and `push_to_hub` write the whole model); and it resumes models that `DistributedConfig` has sharded,
+    which the Trainer alone does not.
     """
 
-    def __init__(self, model, args: TrainingArguments, *more, **kwargs):
-        save_only_model = args.save_only_model
-        args.save_only_model = save_only_model or is_sharded(model)  # or the Trainer would refuse to save at all
+    def __init__(self, model=None, args: TrainingArguments | None = None, *more, **kwargs):
+        sharded = model is not None and is_sharded(model)
+        if not sharded:
+            super().__init__(model, args, *more, **kwargs)
+            return
+        args = TrainingArguments("tmp_trainer") if args is None else args
+        save_only_model, args.save_only_model = args.save_only_model, True  # or the Trainer would refuse to save at all
         super().__init__(model, args, *more, **kwargs)
         self.args.save_only_model = save_only_model
 
+    def _save_checkpoint(self, *args, **kwargs):
+        self._saves_gates = only_gates_are_trained(self.model) and not self.args.push_to_hub
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._saves_gates = False
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not only_gates_are_trained(self.model):
+        if not getattr(self, "_saves_gates", False):
             super()._save(output_dir, state_dict)
             return
         gates = {name: whole(parameter) for name, parameter in gate_parameters(self.model)}
@@ -84,9 +126,15 @@ class GatedTrainer(GateTraining, Trainer):
             os.makedirs(output_dir, exist_ok=True)
             save_file(gates, os.path.join(output_dir, GATES_NAME), metadata={"format": "pt"})
 
+    def _load_best_model(self) -> None:
+        if os.path.isfile(os.path.join(self.state.best_model_checkpoint, GATES_NAME)):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
-        if not only_gates_are_trained(model) and not is_sharded(model):
+        if not os.path.isfile(os.path.join(resume_from_checkpoint, GATES_NAME)) and not is_sharded(model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         weights = {}

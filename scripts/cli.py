@@ -48,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen command: 0 done; 1 a verification failed; 2 the input or the environment is at fault."""
     from gated_llama.errors import UserError, VerificationError
 
+    for stream in (sys.stdout, sys.stderr):  # what an ASCII terminal cannot show, it shows as "?"
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         args.run(args)
     except UserError as error:

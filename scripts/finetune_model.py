@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='.jsonl files of {"text": …} or {"messages": […]} lines, text files, or Hub datasets (ORG/NAME:SPLIT)',
     )
     add("--eval-data", nargs="+", default=(), help="the same, to measure on (default: 5%% of the rows of --data)")
+    add("--eval-tokens", type=int, default=50_000, help="tokens to measure on at the most (default: 50000)")
     add("--out", required=True, help="the folder of the run: what was trained, a record, and checkpoints")
     add("--train", choices=("lora", "gates", "full"), default="lora", help="what to train (default: lora, and gates)")
     add("--epochs", type=float, default=1.0, help="passes over the data (default: 1)")

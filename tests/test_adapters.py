@@ -53,7 +53,7 @@ def test_round_trips_are_equal_to_the_bit(tmp_path, base, settings):
     before, after = logits(loaded(base)), logits(model)
     assert not torch.allclose(before, after, atol=1e-2)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert sum("attn_gate.modules_to_save" in name for name in trained) == 3
+    assert sum("attn_gate.proj.modules_to_save" in name for name in trained) == 3
     assert not any("attn_gate" in name and "lora" in name for name in trained)
     with model.disable_adapter():
         assert torch.equal(logits(model), before)

@@ -89,9 +89,10 @@ def test_one_row_each_counts_what_it_cuts():
 
 def test_held_out_rows_are_the_last_and_are_not_trained_on():
     rows = Rows(torch.arange(40).view(20, 2), 5)
-    kept, held_out = split_off(rows, 0.1)
-    assert torch.cat([kept.rows, held_out.rows]).equal(rows.rows) and len(held_out) == 2
-    assert split_off(rows, 0.04) == (rows, None)
+    for most, count in ((1000, 2), (4, 2), (3, 1), (1, 1)):  # one row at least, whatever is allowed
+        kept, held_out = split_off(rows, 0.1, most)
+        assert torch.cat([kept.rows, held_out.rows]).equal(rows.rows) and len(held_out) == count
+    assert split_off(rows, 0.04, 1000) == (rows, None)
 
 
 def test_shuffling_is_the_same_for_the_same_seed():

@@ -320,7 +320,7 @@ def test_a_diverged_loss_ends_the_run():
         ({"train": "some"}, "no way to train 'some'"),
         ({"steps": 0}, "steps must be more than 0"),
         ({"gate_lr": -1.0}, "gate_lr must not be negative"),
-        ({"report_to": "nowhere"}, "the Trainer does not take these settings: nowhere"),
+        ({"report_to": "nowhere"}, "report_to 'nowhere' needs a package"),
         ({"length": 1}, "length must be at least 2"),
         ({"held_out": 1.0}, "held_out is a share"),
         ({"train": "full", "quantize": "4bit"}, "quantized weights cannot be trained"),
