@@ -6,7 +6,8 @@ WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py tests/test_publish.py
 
 .PHONY: demo test test-newest test-oldest style bench textbook pretrain retrofit check-big check-gpu check-parallel \
-	check-quantized-cache check-real-shapes check-finetune check-distributed check-report check-vllm check-quantized check-serve
+	check-quantized-cache check-real-shapes check-finetune check-distributed check-report check-vllm check-quantized check-serve \
+	check-upstream check-lm-eval
 
 demo: .venv/installed
 	.venv/bin/python scripts/run_demo.py
@@ -76,6 +77,13 @@ check-vllm: .venv-vllm/installed
 check-quantized: .venv-finetune/installed
 	.venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_quantized.py
 
+# Transformers' tests have markers and warnings that ours forbid; without stdin, none of their processes can ask for trust.
+check-upstream: .venv-upstream/installed
+	$(PYTEST) .venv-upstream/bin/python -m pytest -o addopts=-q -W ignore tests/check_upstream.py < /dev/null
+
+check-lm-eval: .venv-lm-eval/installed
+	$(PYTEST) .venv-lm-eval/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_lm_eval.py
+
 # The packages it needs use names that others of them deprecate.
 check-finetune: .venv-finetune/installed
 	$(PYTEST) .venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_finetune.py
@@ -98,6 +106,16 @@ check-finetune: .venv-finetune/installed
 .venv-finetune/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-finetune
 	.venv-finetune/bin/pip install --quiet -c constraints.txt --editable '.[dev,finetune]' trl bitsandbytes torchao tensorboard
+	touch $@
+
+.venv-upstream/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-upstream
+	.venv-upstream/bin/pip install --quiet -c constraints.txt --editable '.[dev]' parameterized
+	touch $@
+
+.venv-lm-eval/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/pip install --quiet -c constraints.txt --editable '.[test]' lm-eval
 	touch $@
 
 .venv-report/installed: setup.cfg pyproject.toml constraints.txt

@@ -18,6 +18,7 @@ _HOME = {
     "FinetuneSettings": "finetune",
     "GateMonitor": "monitor",
     "Measurements": "diagnose",
+    "MergeResult": "merge",
     "GateTraining": "trainer",
     "GatedTrainer": "trainer",
     "UserError": "errors",
@@ -29,6 +30,7 @@ _HOME = {
     "gated_lora_config": "adapters",
     "load_adapter": "adapters",
     "measure": "diagnose",
+    "merge_adapter": "merge",
     "token_windows": "data",
     "train_only_gates": "gates",
 }

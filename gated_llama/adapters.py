@@ -15,7 +15,7 @@ from peft.utils import constants
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from gated_llama.checkpoint import read_header, read_json
+from gated_llama.checkpoint import HTTPError, read_header, read_json
 from gated_llama.errors import UserError, first_line
 from gated_llama.gates import gate_parameters, is_gate
 from gated_llama.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -72,7 +72,7 @@ def _folder_of(adapter: str | os.PathLike, settings: dict) -> Path:
     try:
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             path = hf_hub_download(str(adapter), name, subfolder=subfolder, **where)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
         raise UserError(
             f"{adapter} is no local folder, and the Hub did not give its adapter: {first_line(error)}"
         ) from error

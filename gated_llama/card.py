@@ -1,10 +1,13 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Model cards: what a checkpoint is, how it was made, what was verified and measured, how it is loaded."""
 
+import re
 import shlex
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoint import Source
@@ -44,6 +47,8 @@ UNCHANGED = "The base model's weight files are unchanged, byte for byte; the gat
 REWRITTEN = "The weights were written anew; the gates are in `model-gates.safetensors`."
 UNTRAINED = "The gates have not been trained. On its own, adding gates changes neither quality nor attention sinks."
 
+NO_LINK = "#how-it-was-made"  # of a source that has no page on the Hub
+
 # What stands between these is written anew by the tools; the text around them is the author's.
 BEGIN, END = "<!-- gated-llama: begin -->", "<!-- gated-llama: end -->"
 
@@ -72,7 +77,8 @@ model = {{ auto_class }}.from_pretrained("path or id of this repository")
 ```
 
 Without it, `{{ auto_class }}.from_pretrained(…, trust_remote_code=True)` runs the two Python files beside the weights{%
-if library == "peft" %} of the base model{% endif %}: read them first.
+if library == "peft" %} of the base model{% endif %}: read them first. `AutoTokenizer.from_pretrained` alone asks for
+it too, since Transformers reads the model's config to choose the tokenizer's class.
 """
 
 CONVERSION = f"""# {{{{ name }}}}
@@ -132,6 +138,15 @@ A model {INTRODUCTION}
 {ORIGIN}
 {LOADING}"""
 
+MERGED = f"""# {{{{ name }}}}
+
+The adapter `{{{{ adapter }}}}`, merged into {{{{ source }}}}{{% if revision %}} (commit
+`{{{{ revision }}}}`){{% endif %}}, a model {INTRODUCTION}
+
+{GATES}
+{ORIGIN}
+{LOADING}"""
+
 MEASURED = """## Measured
 
 By `gated-llama inspect`, on {windows} windows of {length} tokens.
@@ -139,6 +154,19 @@ By `gated-llama inspect`, on {windows} windows of {length} tokens.
 {table}
 
 """
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it can be that of a repository, with its owner; the name of a folder has none."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _link(hub_id: str) -> str:
+    return f"https://huggingface.co/{hub_id}"
 
 
 def conversion_card(result, source: Source, source_folder: Path, architecture: str) -> str:
@@ -160,7 +188,7 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         CONVERSION,
         name=Path(result.output).name,
         source=result.source,
-        source_link=f"https://huggingface.co/{result.source}" if source.on_hub else "#how-it-was-made",
+        source_link=_link(result.source) if source.on_hub or is_hub_id(result.source) else NO_LINK,
         revision=result.revision,
         config=result,
         start="open (1: the model computes what it did without)" if result.gate_init == "open" else "random",
@@ -290,6 +318,51 @@ def saved_card(config: GatedLlamaConfig, folder: Path) -> str:
         library="transformers",
         auto_class=AUTO_CLASSES[architecture],
     )
+
+
+def merged_card(config: GatedLlamaConfig, base: Source, adapter: Path, output: Path) -> str:
+    """Of what an adapter and its base became; how the adapter was trained, its own card tells."""
+    architecture = config.architectures[0]
+    card_data = ModelCardData(
+        base_model=base.name,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAGS[architecture],
+        tags=["gated-attention", "gated-llama", "custom_code"],
+        **_base_card_fields(base.folder),
+    )
+    return _card(
+        card_data,
+        MERGED,
+        name=output.resolve().name,
+        adapter=adapter.resolve().name,
+        source=base.name,
+        revision=base.revision,
+        config=config,
+        conversion=config.conversion,
+        library="transformers",
+        auto_class=AUTO_CLASSES[architecture],
+    )
+
+
+def bases_of(card: str) -> list[str]:
+    """What the metadata names as `base_model`."""
+    bases = ModelCard(card, ignore_metadata_errors=True).data.base_model or []
+    return [bases] if isinstance(bases, str) else bases
+
+
+def with_base(card: str, base: str) -> str:
+    """The card with the Hub id `base` as its `base_model`, also where the generated part speaks of that."""
+    old, card = bases_of(card), ModelCard(card, ignore_metadata_errors=True)
+    card.data.base_model = base
+    if card.data.tags:  # PEFT's cards name the base, path and all, there too
+        card.data.tags = [re.sub("^base_model:adapter:.*", f"base_model:adapter:{base}", t) for t in card.data.tags]
+    before, generated, after = _parts(card.text)
+    if old:
+        name = re.escape(old[0])
+        told = rf"\[{name}\]\({NO_LINK}\)|(fine-tuned from |merged into |added to ){name}(?=[ ,])"
+        generated = re.sub(told, lambda match: f"{match[1] or ''}[{base}]({_link(base)})", generated, count=1)
+    card.text = before + generated + after
+    return str(card)
 
 
 def with_measurements(card: str, measured: list[dict]) -> str:

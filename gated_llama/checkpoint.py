@@ -19,6 +19,11 @@ from safetensors import SafetensorError, safe_open
 from gated_llama.errors import UserError, first_line
 
 
+try:  # the Hub client's own HTTP library
+    from httpx2 import HTTPError
+except ImportError:  # client 1.x
+    from httpx import HTTPError
+
 CONFIG_NAME = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SENTENCE_MODULES = "modules.json"
@@ -207,7 +212,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Sourc
         if wanted and (references := _references(Path(path))):
             wanted += [name for name in files if _belongs(name, references)]
             path = snapshot_download(source, revision=revision, allow_patterns=wanted)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(f"{source} is no local folder, and the Hub did not give it: {first_line(error)}") from error
     return Source(Path(path), str(source), Path(path).name, on_hub=True)
 

@@ -25,7 +25,7 @@ import configuration_gated
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from gated_llama import __version__, official
-from gated_llama.card import conversion_card
+from gated_llama.card import conversion_card, is_hub_id
 from gated_llama.checkpoint import (
     CONFIG_NAME,
     GATES_NAME,
@@ -87,6 +87,7 @@ def convert_checkpoint(
     output: str | os.PathLike,
     *,
     revision: str | None = None,
+    source_id: str | None = None,
     gate_type: str | None = None,
     gate_scale: float | None = None,
     gate_bias: bool | None = None,
@@ -105,6 +106,7 @@ def convert_checkpoint(
         source: a folder with safetensors weights, or a Hub id (then `revision` may name a branch, tag or commit).
             Llama, Mistral, Qwen2 or Qwen3; the paper authors' gated Qwen3; or a gated checkpoint again.
         output: the folder to write; it appears only when it is complete.
+        source_id: of a local source, the Hub id under which others know it: card and config then name that.
         gate_type, gate_scale, gate_bias, gate_init: as in [`GatedLlamaConfig`]. None: what a gated source has, else
             headwise, 2.0, no bias, open. `gate_init="normal"` draws the same weights every time.
         dtype: `"float32"`, `"float16"` or `"bfloat16"`, to write the weights in it.
@@ -119,6 +121,10 @@ def convert_checkpoint(
         UserError: something about source, output or settings is wrong; nothing was written.
         VerificationError: the result does not compute what the source does; nothing was written.
     """
+    if source_id is not None and not is_hub_id(source_id):
+        raise UserError(f"{source_id!r} is no id of a Hub repository: give --source-id as ORG/NAME.")
+    if source_id is not None and not Path(source).is_dir():
+        raise UserError(f"{source} is no local folder, which alone needs another name: leave --source-id out.")
     found = find_source(source, revision)
     refuse_nesting(found.folder, Path(output))
     checkpoint = read_checkpoint(found.folder)
@@ -138,7 +144,7 @@ def convert_checkpoint(
     gates = sum(size for key, size in sizes.items() if is_gate(key))
     result = ConversionResult(
         output=str(output),
-        source=found.name,
+        source=source_id or found.name,
         revision=found.revision,
         source_model_type=origin.model_type,
         source_layout=origin.layout,

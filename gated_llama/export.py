@@ -10,6 +10,7 @@ Write a gated checkpoint in a format that others read:
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,6 +38,7 @@ from gated_llama.convert import load_model, shapes_of
 from gated_llama.errors import UserError
 from gated_llama.families import FAMILIES, base_config, read_gated_config
 from gated_llama.gates import is_gate
+from gated_llama.merge import refuse_adapter
 from gated_llama.shards import Recipe, carried, write_index, write_shards
 from gated_llama.tokenizer import keep_tokenizer, name_class
 from gated_llama.verify import Verification
@@ -84,6 +86,7 @@ def export_checkpoint(
         UserError: the source is no gated checkpoint, or `to` cannot express it; nothing was written.
         VerificationError: the result does not compute what the source does; nothing was written.
     """
+    refuse_adapter(source)
     if to not in TARGETS:
         raise UserError(f"there is no export to {to!r}: {', '.join(TARGETS)} are supported.")
     found = find_source(source, revision)
@@ -99,7 +102,7 @@ def export_checkpoint(
     shapes = shapes_of(gated_class, config, where)
     if missing := missing_tensors(shapes, checkpoint.tensors, tied=config.tie_word_embeddings):
         raise UserError(f"{checkpoint.folder} has no tensor {missing[0]}, which its config needs.")
-    target = TARGETS[to](checkpoint, config)
+    target = _target(to, checkpoint, config)
 
     with new_folder(output, force=force) as folder:
         write_shards(checkpoint, target.recipes, folder, progress=progress)
@@ -130,6 +133,23 @@ def export_checkpoint(
     return ExportResult(str(output), found.name, to, target.config["architectures"][0], in_fp32, in_own)
 
 
+def _target(to: str, checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
+    """
+    Raises:
+        UserError: `to` cannot express the model; it names the formats that can.
+    """
+    try:
+        return TARGETS[to](checkpoint, config)
+    except UserError as error:
+        others = []
+        for other in TARGETS.keys() - {to}:
+            with suppress(UserError):
+                TARGETS[other](checkpoint, config)
+                others.append(other)
+        can = f"--to {' or '.join(sorted(others))} can" if others else "no other format can either: keep it as it is"
+        raise UserError(f"{error}; {can}.") from None
+
+
 def _without_gates(checkpoint: Checkpoint) -> dict[str, Recipe]:
     """Everything but the gates, in its shards; alone in one, under the name that needs no index."""
     kept = {key: info for key, info in checkpoint.tensors.items() if not is_gate(key)}
@@ -144,7 +164,7 @@ def _to_base(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
     where = checkpoint.folder / CONFIG_NAME
     model_type = (config.conversion or {}).get("source_model_type")
     if model_type not in FAMILIES:
-        raise UserError(f"{where} names no family that it was converted from, so there is no base to go back to.")
+        raise UserError(f"{where} names no family that it was converted from, so there is no base to go back to")
     _refuse_moved_gates(checkpoint, config)
     head = config.architectures[0].removeprefix("GatedLlama")
     base_class = getattr(transformers, FAMILIES[model_type].prefix + head)
@@ -161,7 +181,7 @@ def _to_base(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
 def _refuse_moved_gates(checkpoint: Checkpoint, config: GatedLlamaConfig) -> None:
     """Open is what a conversion writes: zero weights, and the bias at which the gate is 1."""
     if config.gate_init != "open":
-        raise UserError(f"{checkpoint.folder} has gates that did not start open (gate_init is {config.gate_init!r}).")
+        raise UserError(f"{checkpoint.folder} has gates that did not start open (gate_init is {config.gate_init!r})")
     for key, info in checkpoint.tensors.items():
         if not is_gate(key):
             continue
@@ -174,55 +194,76 @@ def _refuse_moved_gates(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Non
         if not distance == 0:
             raise UserError(
                 f"the gates of {checkpoint.folder} are no longer open ({key} is up to {distance:.3g} away), "
-                "which a model without gates cannot express: --to qwen3_5 or official may."
+                "which a model without gates cannot express"
             )
 
 
 # --- fused layouts --------------------------------------------------------------------------------------------------
 
 
-def _require(config: GatedLlamaConfig, to: str, needs: dict[str, tuple], folder: Path, instead: str) -> None:
-    for name, allowed in needs.items():
-        if getattr(config, name) not in allowed:
-            value = getattr(config, name)
-            raise UserError(f"{folder} has {name} {value!r}, which {to} cannot express: {instead}.")
+def _require(config: GatedLlamaConfig, to: str, needs: dict[str, bool], folder: Path) -> None:
+    for name, needed in needs.items():
+        if (value := getattr(config, name)) != needed:
+            raise UserError(f"{folder} has {name} {value!r}, which {to} cannot express")
     if config.architectures != ["GatedLlamaForCausalLM"]:
-        raise UserError(f"{folder} is a {config.architectures[0]}; {to} is for causal language models.")
+        raise UserError(f"{folder} is a {config.architectures[0]}, and {to} is for causal language models")
     if "sliding_attention" in config.attention_types:
-        raise UserError(f"{folder} has sliding-window layers, which {to} cannot express: {instead}.")
+        raise UserError(f"{folder} has sliding-window layers, which {to} cannot express")
+
+
+def _has_bias(config: GatedLlamaConfig) -> bool:
+    """A fused layout has a bias on q, k, v, o and the gate, or on none of them; one that ours lacks is zero there."""
+    return config.attention_bias or config.attention_out_bias or config.gate_bias
 
 
 def _fused_recipes(
-    checkpoint: Checkpoint, fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rows: int, scale: float
+    checkpoint: Checkpoint,
+    config: GatedLlamaConfig,
+    fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    rows: int,
 ) -> dict[str, Recipe]:
     """q_proj takes the gate's rows in, and o_proj the gate's scale (which a σ of its own does not have)."""
     recipes = _without_gates(checkpoint)
-    for key, recipe in recipes.items():
-        gate = key.replace(".q_proj.", ".attn_gate.proj.")
-        if gate != key and gate in checkpoint.tensors:
-            info = replace(recipe.info, shape=(rows, *recipe.info.shape[1:]))
-            recipes[key] = Recipe(info, inputs=(key, gate), make=fuse)
-        elif key.endswith(".o_proj.weight") and scale != 1:
-            recipes[key] = replace(recipe, make=partial(torch.mul, other=scale))
+    for key in [key for key in recipes if key.endswith(".q_proj.weight")]:
+        attention, file = key.removesuffix("q_proj.weight"), recipes[key].info.file
+        for kind in ("weight", "bias") if _has_bias(config) else ("weight",):
+            recipes[f"{attention}q_proj.{kind}"] = _fused(checkpoint, attention, kind, file, fuse, rows)
+        for name in ("k_proj", "v_proj", "o_proj") if _has_bias(config) else ():
+            weight = checkpoint.tensors[f"{attention}{name}.weight"]
+            zero = replace(weight, file=file, shape=weight.shape[:1])
+            recipes.setdefault(f"{attention}{name}.bias", Recipe(zero, make=partial(torch.zeros, zero.shape)))
+        if config.gate_scale != 1:
+            output = f"{attention}o_proj.weight"
+            recipes[output] = replace(recipes[output], make=partial(torch.mul, other=config.gate_scale))
     return recipes
 
 
+def _fused(
+    checkpoint: Checkpoint, attention: str, kind: str, file: str, fuse: Callable[..., torch.Tensor], rows: int
+) -> Recipe:
+    """The weight or bias of the queries and of the gates in one; a bias that one of them lacks is zero."""
+    parts = [f"{attention}{name}" for name in ("q_proj", "attn_gate.proj")]
+    weights = [checkpoint.tensors[f"{part}.weight"] for part in parts]
+    have = [f"{part}.{kind}" in checkpoint.tensors for part in parts]
+
+    def make(*found: torch.Tensor) -> torch.Tensor:
+        left = iter(found)
+        return fuse(*(next(left) if own else torch.zeros(w.shape[0]) for own, w in zip(have, weights, strict=True)))
+
+    shape = (rows, *weights[0].shape[1:]) if kind == "weight" else (rows,)
+    inputs = tuple(f"{part}.{kind}" for part, own in zip(parts, have, strict=True) if own)
+    return Recipe(replace(weights[0], file=file, shape=shape), inputs, make)
+
+
 def _to_official(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
-    instead = "keep the gated checkpoint, which loads with this package or as remote code"
-    needs = {
-        "gate_bias": (config.attention_bias,),
-        "attention_out_bias": (config.attention_bias,),
-        "mlp_bias": (False,),
-    }
-    _require(config, "official", needs, checkpoint.folder, instead)
-    recipes = _fused_recipes(
-        checkpoint, partial(official.fuse, config=config), official.fused_rows(config), config.gate_scale
-    )
+    _require(config, "official", {"mlp_bias": False}, checkpoint.folder)
+    fuse = partial(official.fuse, config=config)
+    recipes = _fused_recipes(checkpoint, config, fuse, official.fused_rows(config))
     saved = _saved(base_config("qwen3", config, "Qwen3ForCausalLM"))
     rope = saved.pop("rope_parameters")
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     saved |= {flag: config.gate_type == kind for flag, kind in official.FLAGS.items()}
-    saved |= {"use_qk_norm": config.use_qk_norm, "qkv_bias": config.attention_bias}
+    saved |= {"use_qk_norm": config.use_qk_norm, "qkv_bias": _has_bias(config)}
     saved |= {
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if scaling == {"rope_type": "default"} else scaling,
@@ -259,10 +300,7 @@ def _read(recipes: dict[str, Recipe], folder: Path, dtype: torch.dtype, key: str
 
 
 def _to_qwen3_5(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
-    instead = "it has QK norm, no other bias than attention_bias, and full attention; --to official asks for less"
-    bias = config.attention_bias
-    needs = {"use_qk_norm": (True,), "gate_bias": (bias,), "attention_out_bias": (bias,), "mlp_bias": (False,)}
-    _require(config, "qwen3_5", needs, checkpoint.folder, instead)
+    _require(config, "qwen3_5", {"use_qk_norm": True, "mlp_bias": False}, checkpoint.folder)
 
     def fuse(queries: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         if config.gate_type == "headwise":
@@ -271,7 +309,7 @@ def _to_qwen3_5(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
         return torch.cat(heads, dim=1).flatten(0, 1)  # of each head [H query rows | H gate rows]
 
     rows = 2 * config.num_attention_heads * config.head_dim
-    recipes = _fused_recipes(checkpoint, fuse, rows, config.gate_scale)
+    recipes = _fused_recipes(checkpoint, config, fuse, rows)
     for key, recipe in recipes.items():
         if key.endswith("norm.weight"):  # stored as their distance from 1, which fp32 holds for every bf16 weight
             recipes[key] = replace(
@@ -279,11 +317,12 @@ def _to_qwen3_5(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
             )
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-        "max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings attention_bias "
+        "max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings "
         "attention_dropout head_dim pad_token_id bos_token_id eos_token_id dtype"
     ).split()
     qwen = Qwen3_5TextConfig(
         **{name: getattr(config, name) for name in names},
+        attention_bias=_has_bias(config),
         rope_parameters={**config.rope_parameters, "partial_rotary_factor": 1.0},
         partial_rotary_factor=1.0,
         layer_types=["full_attention"] * config.num_hidden_layers,

@@ -24,18 +24,21 @@ from yaml import YAMLError
 
 import configuration_gated
 import modeling_gated
-from gated_llama.card import AUTO_CLASSES, saved_card, with_measurements, with_text_of
-from gated_llama.checkpoint import CONFIG_NAME, INDEX_NAME, carried_files, read_checkpoint, read_header, read_json
+from gated_llama.card import AUTO_CLASSES, bases_of, is_hub_id, saved_card, with_base, with_measurements, with_text_of
+from gated_llama.checkpoint import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    HTTPError,
+    carried_files,
+    read_checkpoint,
+    read_header,
+    read_json,
+)
 from gated_llama.errors import UserError, first_line
 from gated_llama.families import read_gated_config
 from gated_llama.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from gated_llama.measurements import MEASUREMENTS_NAME, read_measurements
 
-
-try:  # the Hub client's own HTTP library
-    from httpx2 import HTTPError
-except ImportError:  # client 1.x
-    from httpx import HTTPError
 
 CODE = {Path(module.__file__).name: Path(module.__file__) for module in (configuration_gated, modeling_gated)}
 # Of adapters, by PEFT's name of the task.
@@ -76,21 +79,23 @@ def contents_to_publish(folder: str | os.PathLike, *, base: str | None = None) -
     A card is written if there is none, and gets the numbers of `inspection/measurements.json` if there are any.
 
     Args:
-        base: of an adapter, the Hub id of the converted checkpoint that it belongs to.
+        base: the Hub id of what it was made of; of an adapter, the converted checkpoint that it belongs to.
 
     Raises:
         UserError: the folder holds no whole gated checkpoint or adapter, one of its files holds a secret, its card has
             metadata that cannot be read, or its base is a folder of this machine.
     """
+    if base is not None and not is_hub_id(base):
+        raise UserError(f"{base!r} is no id of a Hub repository: give --base as OWNER/NAME.")
     folder = Path(folder)
     card = _read_card(folder / CARD) if (folder / CARD).is_file() else None
     if is_adapter(folder):
         read_header(folder, ADAPTER_WEIGHTS)
         names = [ADAPTER_WEIGHTS, *carried_files(folder)]
-        contents = {name: folder / name for name in names} | {ADAPTER_CONFIG: _config_for_others(folder, base)}
+        config = _config_for_others(folder, base)
+        base = config["base_model_name_or_path"]
+        contents = {name: folder / name for name in names} | {ADAPTER_CONFIG: json.dumps(config, indent=2).encode()}
     else:
-        if base is not None:
-            raise UserError(f"{folder} is a whole model, which has no base to name: leave --base out.")
         checkpoint = read_checkpoint(folder)
         config = read_gated_config(checkpoint.config, str(folder / CONFIG_NAME))
         if missing := [name for name in CODE if not (folder / name).is_file()]:
@@ -99,6 +104,12 @@ def contents_to_publish(folder: str | os.PathLike, *, base: str | None = None) -
         names = [CONFIG_NAME, *CODE, *checkpoint.shards, *checkpoint.carried, *indexed]
         contents = {name: folder / name for name in names}
         card = card or saved_card(config, folder)
+    card = with_base(card, base) if card and base else card
+    if card and (local := [name for name in bases_of(card) if not is_hub_id(name)]):
+        raise UserError(
+            f"the card of {folder} names {local[0]!r} as base_model, which is no id on the Hub: give the base's with "
+            "--base OWNER/NAME."
+        )
     if card and (folder / INSPECTION).is_file():
         card = with_measurements(card, read_measurements([folder / INSPECTION]))
     if card:
@@ -113,6 +124,21 @@ def contents_to_publish(folder: str | os.PathLike, *, base: str | None = None) -
 def sizes_of(contents: dict[str, Path | bytes]) -> dict[str, int]:
     """In bytes."""
     return {name: c.stat().st_size if isinstance(c, Path) else len(c) for name, c in contents.items()}
+
+
+def readable(size: int) -> str:
+    """A number of bytes."""
+    thousands = min((len(str(size)) - 1) // 3, 3)
+    return f"{size / 1000**thousands:,.1f} {('', 'kB', 'MB', 'GB')[thousands]}" if thousands else f"{size} bytes"
+
+
+def check_repository(repository: str) -> None:
+    """
+    Raises:
+        UserError: it is no name that a repository can have, with its owner.
+    """
+    if not is_hub_id(repository):
+        raise UserError(f"{repository!r} is no repository of the Hub: give OWNER/NAME, such as you/Llama-3.2-1B-gated.")
 
 
 def _bytes(content: Path | bytes) -> bytes:
@@ -205,13 +231,14 @@ def publish(
     not sent again by the next attempt, and nothing is visible before everything is there.
 
     Args:
-        base: of an adapter, the Hub id of the converted checkpoint that it belongs to.
+        base: the Hub id of what it was made of; of an adapter, the converted checkpoint that it belongs to.
         revision: branch to commit to, made if it is not there.
         announce: hears of each file of weights.
 
     Raises:
         UserError: the folder is not whole, or the Hub refused; says what had arrived.
     """
+    check_repository(repository)
     contents = contents_to_publish(folder, base=base)
     api, arrived = HfApi(token=token), []
     try:
@@ -228,7 +255,7 @@ def publish(
         additions = [CommitOperationAdd(name, str(c) if isinstance(c, Path) else c) for name, c in contents.items()]
         for addition in additions:
             if addition.path_in_repo.endswith(".safetensors"):
-                announce(f"{addition.path_in_repo}: {addition.upload_info.size / 1e6:,.1f} MB …")
+                announce(f"{addition.path_in_repo}: {readable(addition.upload_info.size)} …")
                 api.preupload_lfs_files(repository, [addition], create_pr=create_pr, revision=revision)
                 arrived.append(addition.path_in_repo)
         commit = api.create_commit(
@@ -257,7 +284,7 @@ def _ask_about_card(api: HfApi, card: str) -> None:
     hf_raise_for_status(response)
 
 
-def _config_for_others(folder: Path, base: str | None) -> bytes:
+def _config_for_others(folder: Path, base: str | None) -> dict:
     """An adapter's config with a base that others can load too."""
     config = read_json(folder / ADAPTER_CONFIG)
     named = base or str(config.get("base_model_name_or_path"))
@@ -266,7 +293,7 @@ def _config_for_others(folder: Path, base: str | None) -> bytes:
             f"{folder / ADAPTER_CONFIG} names {named} as its base, which is a folder of this machine: publish that one "
             "first, and give its id with --base."
         )
-    return json.dumps({**config, "base_model_name_or_path": named}, indent=2).encode()
+    return {**config, "base_model_name_or_path": named}
 
 
 def loading_snippet(folder: str | os.PathLike, repository: str, commit: str) -> str:

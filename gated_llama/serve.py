@@ -16,8 +16,11 @@ def serve(model: str, options: Sequence[str] = ()) -> None:
     Run `transformers serve MODEL OPTIONS`, which looks the model's class up as an attribute of `transformers`.
 
     Raises:
-        UserError: what `transformers serve` needs is not installed.
+        UserError: the model is an adapter, or what `transformers serve` needs is not installed.
     """
+    from gated_llama.merge import refuse_adapter  # not for vLLM's plugin
+
+    refuse_adapter(model)
     sys.argv = ["transformers", "serve", model, *options]
     os.makedirs(HF_HUB_CACHE, exist_ok=True)  # /v1/models looks through it
     try:

@@ -13,6 +13,7 @@ COMMANDS = {
     "export": "export_checkpoint",
     "finetune": "finetune_model",
     "inspect": "inspect_model",
+    "merge": "merge_adapter",
     "push": "push_to_hub",
     "report": "draw_report",
     "serve": "serve_model",

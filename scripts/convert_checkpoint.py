@@ -15,6 +15,7 @@ from gated_llama.scripts.cli import add_writing_arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a folder with safetensors weights, or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
+    parser.add_argument("--source-id", metavar="ORG/NAME", help="the Hub id of a local source, for card and config")
     parser.add_argument(
         "--gate-type", choices=("headwise", "elementwise"), help="one gate a head (default) or one a channel"
     )
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         args.source,
         args.output,
         revision=args.revision,
+        source_id=args.source_id,
         gate_type=args.gate_type,
         gate_scale=args.gate_scale,
         gate_bias=args.gate_bias,
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"  left      {', '.join(result.left_behind)}")
         print(f"  tokenizer {result.tokenizer}")
         print(f"  verified  {result.verification or 'no'}")
+        print(f"next: gated-llama finetune {result.output} --data YOUR.jsonl --out RUN")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ open, 0 shut, gate_scale the most a gate can be. Works on plain Llama, Mistral a
 """
 
 import argparse
+import os
 import sys
 
 
@@ -21,11 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=20_000, help="tokens measured (default: 20000)")
     add("--batch-size", type=int, default=1, help="windows at once (default: 1)")
     add("--dtype", help="to load the model in, such as float32 (default: as it was saved)")
-    add("--device", default="cpu", help="to run it on, such as cuda (default: cpu)")
+    add("--device", help="to run it on, such as cpu (default: an accelerator if there is one)")
     add("--sentence", default=SENTENCE, help=f"to look at token by token (default: {SENTENCE!r})")
     add("--query", help="the word of it whose attention is shown (default: its last; of the default sentence: which)")
     add("--head", help="LAYER.HEAD whose attention map opens the page (default: the strongest sink)")
     add("--out", help="a new folder, for a page with figures (index.html) and measurements.json")
+    add("--force", action="store_true", help="replace an --out that is not empty")
     add("--quiet", action="store_true", help="no progress bar, and nothing on stdout")
     add("--json", action="store_true", help="print the measurements as JSON on stdout, a line for each model")
 
@@ -33,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from contextlib import ExitStack
     from dataclasses import replace
+
+    import torch
 
     from gated_llama.checkpoint import new_folder
     from gated_llama.data import read_documents, token_windows
@@ -43,12 +47,13 @@ def run(args: argparse.Namespace) -> None:
         from gated_llama.measurements import MEASUREMENTS_NAME, read_measurements
         from gated_llama.report import draw
 
+    device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     documents = read_documents(args.text)
     measured = []
     with ExitStack() as stack:
-        folder = stack.enter_context(new_folder(args.out)) if args.out else None
+        folder = stack.enter_context(new_folder(args.out, force=args.force)) if args.out else None
         for source in filter(None, (args.model, args.compare)):
-            model, tokenizer = load(source, dtype=args.dtype or "auto", device_map=args.device)
+            model, tokenizer = load(source, dtype=args.dtype or "auto", device_map=args.device or device)
             windows = token_windows(tokenizer, documents, args.length)[: max(1, args.max_tokens // args.length)]
             result = measure(
                 model,
@@ -73,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
         for measurements in measured:
             if measurements.gates:
                 print_gates(measurements)
+        if folder:
+            print(f"page: {os.path.join(args.out, 'index.html')}")
 
 
 def print_models(measured) -> None:
@@ -105,7 +112,11 @@ def print_gates(measurements) -> None:
     _print_table([(f"layer {number}", row) for number, row in enumerate(report.layers)])
     _print_table([(kind, row) for kind, row in report.kinds.items() if row.tokens])
     for name, heads in (("always open", report.always_open), ("always shut", report.always_shut)):
-        print(f"heads {name}: {', '.join(f'{layer}.{head}' for layer, head in heads) or 'none'}")
+        all_of_them = len(heads) == sum(map(len, report.heads))
+        listed = f"all {len(heads)}" if all_of_them else ", ".join(f"{layer}.{head}" for layer, head in heads) or "none"
+        print(f"heads {name}: {listed}")
+    if measurements.without_gates:
+        print("on the first windows alone, so that the loss is not that of all above:")
     for state, (loss, divergence) in measurements.without_gates.items():
         print(f"loss with gates {state:9} {loss:.4f}, KL from trained {divergence:.4f} nats a token")
 

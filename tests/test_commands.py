@@ -12,10 +12,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_gated  # noqa: F401  (registers the Auto classes)
-from gated_llama import convert_checkpoint
+from gated_llama import convert_checkpoint, gated_lora_config
 from gated_llama.scripts.cli import COMMANDS
 from hub import local_hub
 from tiny import published, source_model
@@ -93,7 +94,7 @@ def test_a_failed_verification_gets_exit_code_1(tmp_path):
     source = published(tmp_path / "source", source_model("llama"))
     code = f"""
 import sys, modeling_gated
-modeling_gated.AttentionGate.forward = lambda self, x: x.new_full((*x.shape[:2], 6), 0.5)
+modeling_gated.AttentionGate.forward = lambda self, x, y: (y.flatten(-2) / 2, x.new_full((*x.shape[:2], 6), 0.5))
 from gated_llama.scripts.cli import main
 sys.exit(main(["convert", {str(source)!r}, {str(tmp_path / "gated")!r}, "--quiet"]))
 """
@@ -156,14 +157,49 @@ def test_finetune_and_inspect(gated, tmp_path):
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+def test_merge(gated, tmp_path):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(gated), gated_lora_config(r=2)).save_pretrained(tmp_path / "a")
+    done = command("merge", tmp_path / "a", tmp_path / "merged")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/a on gated -> {tmp_path}/merged\n"), done.stderr
+    again = command("merge", tmp_path / "a", tmp_path / "merged", "--force", "--quiet")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    for arguments, message in (
+        (("merge", gated, tmp_path / "x"), "nothing to merge"),
+        (("serve", tmp_path / "a"), "gated-llama merge"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_local_source_can_have_its_hub_id(tmp_path):
+    source = published(tmp_path / "source", source_model("llama"))
+    done = command("convert", source, tmp_path / "gated", "--source-id", "org/base", "--no-verify", "--quiet")
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "gated" / "README.md").read_text()
+    assert "base_model: org/base" in card and "[org/base](https://huggingface.co/org/base)" in card
+    assert "gated-llama convert org/base gated" in card
+    assert json.loads((tmp_path / "gated" / "config.json").read_text())["conversion"]["source"] == "org/base"
+    for arguments, message in (
+        ((source, tmp_path / "x", "--source-id", "base"), "'base' is no id of a Hub repository"),
+        (("org/name", tmp_path / "x", "--source-id", "org/base"), "org/name is no local folder"),
+    ):
+        done = command("convert", *arguments)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
 def test_push(gated, tmp_path):
     (gated / "optimizer.pt").write_bytes(b"x")
     (gated / ".env").write_text("SECRET=1")
     with local_hub(tmp_path / "hub") as environment:
-        dry = command("push", gated, "org/name", "--dry-run", environment=environment)
+        for name, message in (("name", "give OWNER/NAME"), ("org/name", "--base OWNER/NAME")):
+            dry = command("push", gated, name, "--dry-run", environment=environment)
+            assert dry.returncode == 2 and message in dry.stderr, dry.stderr
+        base = ("--base", "org/source")
+        dry = command("push", gated, "org/name", *base, "--dry-run", environment=environment)
         assert dry.returncode == 0, dry.stderr
-        assert "model-gates.safetensors" in dry.stdout and not (tmp_path / "hub").exists()
-        done = command("push", gated, "org/name", environment=environment)
+        assert " kB  model-gates.safetensors" in dry.stdout and not (tmp_path / "hub").exists()
+        assert dry.stdout.splitlines()[-1] == "all checks passed"
+        done = command("push", gated, "org/name", *base, environment=environment)
         assert done.returncode == 0, done.stderr
         sent = {path.name for path in (tmp_path / "hub" / "org" / "name").iterdir()}
         assert {path.name for path in gated.iterdir()} - sent == {"optimizer.pt", ".env"}

@@ -133,13 +133,8 @@ def test_to_qwen3_5_runs_without_our_code(tmp_path, run_python, dtype, gate_type
     ("fields", "message"),
     [
         ({}, "use_qk_norm False"),
-        ({"use_qk_norm": True, "gate_bias": True}, "gate_bias True"),
         ({"use_qk_norm": True, "mlp_bias": True}, "mlp_bias True"),
         ({"use_qk_norm": True, "sliding_window": 5}, "sliding-window"),
-        (
-            {"use_qk_norm": True, "attention_bias": True, "attention_out_bias": False, "gate_bias": True},
-            "attention_out",
-        ),
         ({"use_qk_norm": True, "gate_strength": 0.5}, "gate_strength 0.5, which no other format can express"),
     ],
 )
@@ -259,7 +254,6 @@ def test_official_config_must_say_one_kind_of_gate(tmp_path):
     ("fields", "message"),
     [
         ({"sliding_window": 5}, "sliding-window"),
-        ({"gate_bias": True}, "gate_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
     ],
 )
@@ -267,3 +261,55 @@ def test_what_the_official_layout_cannot_express_is_refused(tmp_path, fields, me
     trained(tmp_path / "gated", **fields)
     with pytest.raises(UserError, match=message):
         export_checkpoint(tmp_path / "gated", tmp_path / "official", to="official", progress=False)
+
+
+BIASES = [("attention_bias", "attention_out_bias", "gate_bias")[n : n + 1] for n in range(3)]
+BIASES += [("attention_bias", "gate_bias"), ("attention_out_bias", "gate_bias")]
+
+
+@pytest.mark.parametrize("gate_type", ["headwise", "elementwise"])
+@pytest.mark.parametrize("biases", BIASES, ids=str)
+@pytest.mark.parametrize("to", ["qwen3_5", "official"])
+def test_biases_that_the_layout_has_and_the_model_has_not_are_zero(tmp_path, to, biases, gate_type):
+    names = ("attention_bias", "attention_out_bias", "gate_bias")
+    fields = {name: name in biases for name in names}
+    trained(tmp_path / "gated", use_qk_norm=True, gate_type=gate_type, **fields)
+    export_checkpoint(tmp_path / "gated", tmp_path / "out", to=to, progress=False)
+    if to == "official":
+        ids = token_ids(1)[0]
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "gated").double()(ids[None]).logits[0]
+        torch.testing.assert_close(official_logits(tmp_path / "out", ids), expected, rtol=0, atol=2e-5)
+
+
+# The table of the README: family -> the formats that can express it with open and with trained gates.
+CAN = {
+    "llama": ({"base", "official"}, {"official"}),
+    "llama-biases": ({"base"}, set()),  # a bias in the MLP
+    "mistral": ({"base"}, set()),  # sliding
+    "mistral-full": ({"base", "official"}, {"official"}),
+    "qwen2": ({"base", "official"}, {"official"}),
+    "qwen3": ({"base", "official", "qwen3_5"}, {"official", "qwen3_5"}),
+    "qwen3-sliding": ({"base"}, set()),
+}
+
+
+@pytest.mark.parametrize("gate_type", ["headwise", "elementwise"])
+@pytest.mark.parametrize("variant", CAN)
+def test_what_can_be_exported_to_what_and_proposals_hold(tmp_path, variant, gate_type):
+    published(tmp_path / "source", source_model(variant))
+    convert_checkpoint(tmp_path / "source", tmp_path / "open", gate_type=gate_type, progress=False, verify=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "open")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attn_gate" in name:
+                parameter.normal_(0.0, 0.3)
+    model.save_pretrained(tmp_path / "trained")
+    for name, can in zip(("open", "trained"), CAN[variant], strict=True):
+        for to in ("base", "qwen3_5", "official"):
+            if to in can:
+                export_checkpoint(tmp_path / name, tmp_path / f"{name}-{to}", to=to, progress=False)
+                continue
+            with pytest.raises(UserError) as refused:
+                export_checkpoint(tmp_path / name, tmp_path / "none", to=to, progress=False)
+            proposed = f"--to {' or '.join(sorted(can))} can." if can else "no other format can either"
+            assert proposed in str(refused.value)

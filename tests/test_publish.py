@@ -17,7 +17,7 @@ import modeling_gated  # noqa: F401  (registers the Auto classes)
 from gated_llama import convert_checkpoint, gated_lora_config, measure
 from gated_llama.card import BEGIN, END, with_text_of
 from gated_llama.errors import UserError
-from gated_llama.publish import check_loads, contents_to_publish
+from gated_llama.publish import check_loads, contents_to_publish, publish, readable
 from hub import Fault, lfs_oid, local_hub
 from tiny import gated_model, published, source_model, tiny_tokenizer, token_ids
 
@@ -46,7 +46,7 @@ torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[2])
 @pytest.fixture
 def gated(tmp_path):
     source = published(tmp_path / "source", source_model("llama"), tokenizer=True)
-    convert_checkpoint(source, tmp_path / "gated", progress=False, verify=False)
+    convert_checkpoint(source, tmp_path / "gated", source_id="org/source", progress=False, verify=False)
     return tmp_path / "gated"
 
 
@@ -145,6 +145,8 @@ model = AutoPeftModelForCausalLM.from_pretrained("org/adapter", trust_remote_cod
         subprocess.run(load, cwd="/", env=environment, check=True)
     names = {path.name for path in (tmp_path / "hub" / "org" / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names and "optimizer.pt" not in names
+    card = ModelCard.load(tmp_path / "hub" / "org" / "adapter" / "README.md")
+    assert card.data.base_model == "org/gated" and str(tmp_path) not in str(card)
     own = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert own["base_model_name_or_path"] == str(gated)
     assert torch.equal(torch.load(tmp_path / "x.pt"), model.eval()(token_ids()).logits)
@@ -208,6 +210,29 @@ def test_the_authors_text_stays(gated):
     assert by_hand.index("# A card by hand") < by_hand.index(BEGIN)
 
 
+def test_names_that_are_none_on_the_hub(tmp_path):
+    """A repository without its owner, and a card whose base is a folder's name until --base says more."""
+    with pytest.raises(UserError, match="'name' is no repository of the Hub: give OWNER/NAME"):
+        publish(tmp_path / "nowhere", "name")
+    source = published(tmp_path / "source", source_model("llama"))
+    convert_checkpoint(source, tmp_path / "gated", progress=False, verify=False)
+    with pytest.raises(UserError, match=r"the card of .*gated names 'source' as base_model.* --base OWNER/NAME"):
+        contents_to_publish(tmp_path / "gated")
+    with pytest.raises(UserError, match="'source' is no id of a Hub repository: give --base"):
+        contents_to_publish(tmp_path / "gated", base="source")
+    card = ModelCard(contents_to_publish(tmp_path / "gated", base="org/base")["README.md"].decode())
+    assert card.data.base_model == "org/base" and "[org/base](https://huggingface.co/org/base)" in card.text
+    (tmp_path / "gated" / "README.md").unlink()
+    card = ModelCard(contents_to_publish(tmp_path / "gated", base="org/base")["README.md"].decode())
+    assert card.data.base_model == "org/base" and "added to [org/base](https://huggingface.co/org/base)" in card.text
+
+
+def test_sizes_are_readable():
+    sizes = {2: "2 bytes", 999: "999 bytes", 1000: "1.0 kB", 2_470_000: "2.5 MB", 16_060_522_240: "16.1 GB"}
+    assert {size: readable(size) for size in sizes} == sizes
+    assert readable(2_000_000_000_000) == "2,000.0 GB"
+
+
 def test_a_card_the_hub_refuses_stops_before_the_weights(gated, tmp_path):
     (gated / "README.md").write_text("---\nlicense: none-such\n---\n")
     sent = {}
@@ -241,7 +266,7 @@ def test_a_saved_model_gets_a_card_with_what_was_measured(gated, tmp_path):
         codes, _, errors = push(environment, *[f"{tmp_path / 'saved'} org/name"] * 2, checked=False)
         assert codes == ["0", "0"], errors
     card = ModelCard.load(there)
-    assert card.data.base_model == "source" and card.data.datasets == ["mine"]
+    assert card.data.base_model == "org/source" and card.data.datasets == ["mine"]
     assert card.text.count("# By hand") == 1 and card.text.count("## Measured") == 1
     assert "| type | headwise |" in card.text
     row = next(line for line in card.text.splitlines() if line.startswith("| Loss, nats a token"))

@@ -1,0 +1,82 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Make a whole gated checkpoint of an adapter and the base that it names."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from gated_llama.card import merged_card
+from gated_llama.checkpoint import CONFIG_NAME, find_source, new_folder, read_checkpoint, refuse_nesting
+from gated_llama.errors import UserError, first_line
+from gated_llama.families import read_gated_config
+from gated_llama.loading import is_adapter
+from gated_llama.publish import TASKS
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    output: str
+    adapter: str
+    base: str
+    revision: str | None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def refuse_adapter(source: str | os.PathLike) -> None:
+    """
+    Raises:
+        UserError: `source` is an adapter, where a whole checkpoint is needed.
+    """
+    if is_adapter(source):
+        raise UserError(f"{source} is an adapter: make it whole first, with `gated-llama merge {source} OUT`.")
+
+
+def merge_adapter(
+    adapter: str | os.PathLike, output: str | os.PathLike, *, force: bool = False, progress: bool = True
+) -> MergeResult:
+    """
+    Write to `output` the base of the adapter folder `adapter` with the adapter merged into its weights, in its dtype.
+
+    Raises:
+        UserError: `adapter` is none that can be merged, or its base is not there or another; nothing was written.
+    """
+    if not is_adapter(adapter):
+        whole = (Path(adapter) / CONFIG_NAME).is_file()
+        what = "a whole model: there is nothing to merge" if whole else "no adapter's folder"
+        raise UserError(f"{adapter} is {what}; give a folder with adapter_config.json, such as finetune's --out.")
+    from peft import PeftConfig
+
+    from gated_llama.adapters import base_of, load_adapter
+
+    settings = PeftConfig.from_pretrained(adapter)
+    base = find_source(base_of(adapter), settings.revision)
+    for source in (base.folder, Path(adapter)):
+        refuse_nesting(source, Path(output))
+    checkpoint = read_checkpoint(base.folder)
+    read_gated_config(checkpoint.config, str(base.folder / CONFIG_NAME))  # refuses what is not gated
+    shown = logging.is_progress_bar_enabled()
+    if not progress:
+        logging.disable_progress_bar()
+    try:
+        with new_folder(output, force=force) as folder:
+            model = TASKS.get(settings.task_type, AutoModelForCausalLM).from_pretrained(base.folder, dtype="auto")
+            dtype = model.dtype
+            tuned = load_adapter(model, adapter)
+            try:
+                merged = tuned.merge_and_unload(progressbar=progress)
+            except (AttributeError, NotImplementedError, ValueError) as error:  # such as a soft prompt's
+                raise UserError(f"{adapter} cannot be merged into its base: {first_line(error)}.") from error
+            merged.to(dtype).save_pretrained(folder)
+            checkpoint.copy_carried(folder)
+            card = merged_card(merged.config, base, Path(adapter), Path(output))
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    return MergeResult(str(output), str(adapter), base.name, base.revision)
