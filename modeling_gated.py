@@ -88,6 +88,7 @@ class AttentionGate(nn.Module):
         self.proj = nn.Linear(
             config.hidden_size, config.num_attention_heads * self.values_per_head, bias=config.gate_bias
         )
+        self.proj.is_attn_gate = True  # `_init_weights` meets this linear by itself, before it meets the gate
         self.register_buffer("zero", torch.zeros(()), persistent=False)
 
     def forward(self, hidden_states: torch.Tensor, attn_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,13 +217,14 @@ class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, AttentionGate):  # after its projection, which was initialised as any other
+        if isinstance(module, AttentionGate):
             init.zeros_(module.zero)
-            if self.config.gate_init == "open":
-                init.zeros_(module.proj.weight)
-                if module.proj.bias is not None:
-                    init.constant_(module.proj.bias, self.config.open_gate_logit)
+        elif getattr(module, "is_attn_gate", False) and self.config.gate_init == "open":
+            init.zeros_(module.weight)
+            if module.bias is not None:
+                init.constant_(module.bias, self.config.open_gate_logit)
+        else:
+            super()._init_weights(module)
 
     def set_gate_strength(self, strength: float) -> None:
         """

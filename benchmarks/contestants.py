@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Attention
 
 from configuration_gated import GatedLlamaConfig
-from modeling_gated import GatedLlamaForCausalLM
+from modeling_gated import AttentionGate, GatedLlamaForCausalLM
 
 
 # Full width; depth and vocabulary are cut, so that what is timed are decoder layers.
@@ -93,6 +93,9 @@ def _on_weights(
         model = model_class(config)
     model.load_state_dict({**llama.state_dict(keep_vars=True), **(own or {})}, assign=True)
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(llama.device)  # its buffers are in no state dict
+    for module in model.modules():
+        if isinstance(module, AttentionGate):
+            module.zero = torch.zeros((), device=llama.device, dtype=llama.dtype)
     return model.eval()
 
 

@@ -807,7 +807,7 @@ def test_files_that_others_refer_to_are_carried(tmp_path):
     assert {name: (tmp_path / "gated" / name).read_text() for name in files} == files
     assert set(files) <= set(result.carried)
     assert result.left_behind == ["custom_generate/cache.bin", "notes.md", "onnx/"]
-    sent = contents_to_publish(tmp_path / "gated")
+    sent = contents_to_publish(tmp_path / "gated", base="org/name")
     assert set(files) <= set(sent)
     (source / "modules.json").write_text('[{"path": "../elsewhere", "type": "sentence_transformers.models.Dense"}]')
     with pytest.raises(UserError, match=r"names '../elsewhere/', which is not inside the folder"):
