@@ -442,6 +442,7 @@ AUTO_CLASSES = {
 for auto_class, model_class in AUTO_CLASSES.items():
     model_class.register_for_auto_class(auto_class.__name__)  # saved with its code
 # Tables of names, by which the Trainer (label smoothing), pipelines and others know what kind of model a class is.
+modeling_auto.MODEL_MAPPING_NAMES["gated_llama"] = "GatedLlamaModel"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gated_llama"] = "GatedLlamaForCausalLM"
 modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["gated_llama"] = "GatedLlamaForSequenceClassification"
 modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["gated_llama"] = "GatedLlamaForTokenClassification"

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import LlamaConfig
-from transformers.models.auto import modeling_auto
 
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
@@ -85,8 +84,6 @@ configuration = importlib.import_module("tests.test_configuration_common")
 training = importlib.import_module("tests.test_training_mixin")
 tensor_parallel = importlib.import_module("tests.test_tensor_parallel_mixin")
 fsdp = importlib.import_module("tests.test_fsdp_mixin")
-# By this table they know a base model, which has no loss to train with.
-modeling_auto.MODEL_MAPPING_NAMES.setdefault("gated_llama", "GatedLlamaModel")
 tensor_parallel.TP_DISTRIBUTED_TEST_MODEL_TYPES = fsdp.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None  # all types
 
 
