@@ -176,13 +176,7 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         source_folder: where a README.md may name the base model's licence.
         architecture: the class that the checkpoint holds.
     """
-    card_data = ModelCardData(
-        base_model=result.source,
-        library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS[architecture],
-        tags=["gated-attention", "gated-llama", "custom_code"],
-        **_base_card_fields(source_folder),
-    )
+    card_data = _of_whole_model(architecture, base_model=result.source, **_base_card_fields(source_folder))
     return _card(
         card_data,
         CONVERSION,
@@ -200,6 +194,16 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         verified=str(result.verification) if result.verification else "nothing (conversion with `--no-verify`)",
         library="transformers",
         auto_class=AUTO_CLASSES[architecture],
+    )
+
+
+def _of_whole_model(architecture: str, **fields) -> ModelCardData:
+    """The metadata of a checkpoint that holds the class `architecture`, with what `fields` say of its origin."""
+    return ModelCardData(
+        **fields,
+        library_name="transformers",
+        pipeline_tag=PIPELINE_TAGS[architecture],
+        tags=["gated-attention", "gated-llama", "custom_code"],
     )
 
 
@@ -303,12 +307,7 @@ def saved_card(config: GatedLlamaConfig, folder: Path) -> str:
     """Of a checkpoint that has none, as `save_pretrained` leaves it: what its config tells."""
     architecture = config.architectures[0]
     base = {"base_model": config.conversion["source"]} if config.conversion else {}
-    card_data = ModelCardData(
-        **base,
-        library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS[architecture],
-        tags=["gated-attention", "gated-llama", "custom_code"],
-    )
+    card_data = _of_whole_model(architecture, **base)
     return _card(
         card_data,
         SAVED,
@@ -323,13 +322,7 @@ def saved_card(config: GatedLlamaConfig, folder: Path) -> str:
 def merged_card(config: GatedLlamaConfig, base: Source, adapter: Path, output: Path) -> str:
     """Of what an adapter and its base became; how the adapter was trained, its own card tells."""
     architecture = config.architectures[0]
-    card_data = ModelCardData(
-        base_model=base.name,
-        library_name="transformers",
-        pipeline_tag=PIPELINE_TAGS[architecture],
-        tags=["gated-attention", "gated-llama", "custom_code"],
-        **_base_card_fields(base.folder),
-    )
+    card_data = _of_whole_model(architecture, base_model=base.name, **_base_card_fields(base.folder))
     return _card(
         card_data,
         MERGED,

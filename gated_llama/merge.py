@@ -3,11 +3,11 @@
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from gated_llama.card import merged_card
 from gated_llama.checkpoint import CONFIG_NAME, find_source, new_folder, read_checkpoint, refuse_nesting
@@ -15,6 +15,7 @@ from gated_llama.errors import UserError, first_line
 from gated_llama.families import read_gated_config
 from gated_llama.loading import is_adapter
 from gated_llama.publish import TASKS
+from gated_llama.verify import no_bars_of_transformers
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,16 @@ def merge_adapter(
         refuse_nesting(source, Path(output))
     checkpoint = read_checkpoint(base.folder)
     read_gated_config(checkpoint.config, str(base.folder / CONFIG_NAME))  # refuses what is not gated
-    shown = logging.is_progress_bar_enabled()
-    if not progress:
-        logging.disable_progress_bar()
-    try:
-        with new_folder(output, force=force) as folder:
-            model = TASKS.get(settings.task_type, AutoModelForCausalLM).from_pretrained(base.folder, dtype="auto")
-            dtype = model.dtype
-            tuned = load_adapter(model, adapter)
-            try:
-                merged = tuned.merge_and_unload(progressbar=progress)
-            except (AttributeError, NotImplementedError, ValueError) as error:  # such as a soft prompt's
-                raise UserError(f"{adapter} cannot be merged into its base: {first_line(error)}.") from error
-            merged.to(dtype).save_pretrained(folder)
-            checkpoint.copy_carried(folder)
-            card = merged_card(merged.config, base, Path(adapter), Path(output))
-            (folder / "README.md").write_text(card, encoding="utf-8")
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with nullcontext() if progress else no_bars_of_transformers(), new_folder(output, force=force) as folder:
+        model = TASKS.get(settings.task_type, AutoModelForCausalLM).from_pretrained(base.folder, dtype="auto")
+        dtype = model.dtype
+        tuned = load_adapter(model, adapter)
+        try:
+            merged = tuned.merge_and_unload(progressbar=progress)
+        except (AttributeError, NotImplementedError, ValueError) as error:  # such as a soft prompt's
+            raise UserError(f"{adapter} cannot be merged into its base: {first_line(error)}.") from error
+        merged.to(dtype).save_pretrained(folder)
+        checkpoint.copy_carried(folder)
+        card = merged_card(merged.config, base, Path(adapter), Path(output))
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return MergeResult(str(output), str(adapter), base.name, base.revision)

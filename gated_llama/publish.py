@@ -288,7 +288,7 @@ def _config_for_others(folder: Path, base: str | None) -> dict:
     """An adapter's config with a base that others can load too."""
     config = read_json(folder / ADAPTER_CONFIG)
     named = base or str(config.get("base_model_name_or_path"))
-    if os.path.isabs(named) or named.startswith(".") or Path(named).is_dir() or named.count("/") != 1:
+    if Path(named).is_dir() or not is_hub_id(named):
         raise UserError(
             f"{folder / ADAPTER_CONFIG} names {named} as its base, which is a folder of this machine: publish that one "
             "first, and give its id with --base."

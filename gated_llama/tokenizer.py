@@ -53,10 +53,12 @@ def keep_tokenizer(source: Path, source_config: PreTrainedConfig, folder: Path, 
         tokenizer = _load(source, source_config)
     except Exception as error:  # a damaged file, a package that is missing: the source has no tokenizer here either
         return Kept(f"not compared: the source's does not load ({first_line(error)})")
-    wanted, renamed, before = type(tokenizer).__name__, False, None
-    if type(_load(folder, config)).__name__ != wanted:
-        renamed, before = True, name_class(folder, wanted)
-    _compare(tokenizer, _load(folder, config))
+    other, wanted, before = _load(folder, config), type(tokenizer).__name__, None
+    renamed = type(other).__name__ != wanted
+    if renamed:
+        before = name_class(folder, wanted)
+        other = _load(folder, config)
+    _compare(tokenizer, other)
     return Kept("gives the token ids that the source's gives", renamed, before)
 
 

@@ -100,6 +100,8 @@ class GatedTrainer(GateTraining, Trainer):
     which the Trainer alone does not.
     """
 
+    _saves_gates = False  # while a checkpoint of the run is written
+
     def __init__(self, model=None, args: TrainingArguments | None = None, *more, **kwargs):
         sharded = model is not None and is_sharded(model)
         if not sharded:
@@ -118,7 +120,7 @@ class GatedTrainer(GateTraining, Trainer):
             self._saves_gates = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not getattr(self, "_saves_gates", False):
+        if not self._saves_gates:
             super()._save(output_dir, state_dict)
             return
         gates = {name: whole(parameter) for name, parameter in gate_parameters(self.model)}

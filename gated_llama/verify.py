@@ -76,7 +76,7 @@ def verify(
     Raises:
         VerificationError: they do not compute the same, or the negative control shows no difference.
     """
-    with _no_bars_of_transformers(), tqdm(total=3, desc="verifying", unit="run", disable=not progress) as bar:
+    with no_bars_of_transformers(), tqdm(total=3, desc="verifying", unit="run", disable=not progress) as bar:
         other = load_other().eval()
         expected, tokens = _observe(other), _generate(other) if greedy else None
         dtype = str(other.dtype).removeprefix("torch.")
@@ -121,7 +121,7 @@ def verify(
 
 
 @contextmanager
-def _no_bars_of_transformers():
+def no_bars_of_transformers():
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         from gated_llama.measurements import MEASUREMENTS_NAME, read_measurements
         from gated_llama.report import draw
 
-    device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
+    device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     documents = read_documents(args.text)
     measured = []
     with ExitStack() as stack:

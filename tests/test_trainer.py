@@ -113,10 +113,6 @@ def test_optimizers_of_the_callers(tmp_path, folders, given):
 
 
 def test_an_optimizer_with_groups_of_its_own(tmp_path, folders):
-    class Own(Plain):
-        def __init__(self, params, optimizer_dict=None, **settings):
-            super().__init__(params, **settings)
-
     model = load(folders[1])
     choice = (Plain, {"lr": 1e-2, "params": list(model.parameters())})
     trainer = GatedTrainer(model, arguments(tmp_path), train_dataset=ROWS, optimizer_cls_and_kwargs=choice)
