@@ -199,6 +199,7 @@ def finetune_checkpoint(
     settings: FinetuneSettings | None = None,
     *,
     resume: bool = False,
+    link: bool = False,
     progress: bool = True,
     announce: Callable[[str], None] = lambda line: None,
 ) -> FinetuneResult:
@@ -212,6 +213,7 @@ def finetune_checkpoint(
         model: a converted checkpoint, a folder or a Hub id.
         data: files and datasets, see [`gated_llama.data.read_documents`].
         resume: go on from the last whole checkpoint in `output`.
+        link: with `"gates"`, link to the weights that stay as they are instead of copying them.
         progress: show bars and the live view on stderr.
         announce: is told, a line each, what will be trained and on what.
 
@@ -220,6 +222,8 @@ def finetune_checkpoint(
     """
     settings = settings or FinetuneSettings()
     settings.check()
+    if link and settings.train != "gates":
+        raise UserError(f"link needs weights that stay as they are: use train='gates', not {settings.train!r}.")
     processes = PartialState(cpu=not has_accelerator())
     found = find_source(model)
     output = Path(output)
@@ -268,7 +272,7 @@ def finetune_checkpoint(
         gate_drift=trainer.gate_monitor.drift,
         verdict=trainer.gate_monitor.verdict(),
     )
-    _write_result(trainer, checkpoint, config, found, result)
+    _write_result(trainer, checkpoint, config, found, result, link)
     return result
 
 
@@ -491,7 +495,12 @@ def _told(asked: dict) -> dict:
 
 
 def _write_result(
-    trainer: GatedTrainer, checkpoint: Checkpoint, config: GatedLlamaConfig, found: Source, result: FinetuneResult
+    trainer: GatedTrainer,
+    checkpoint: Checkpoint,
+    config: GatedLlamaConfig,
+    found: Source,
+    result: FinetuneResult,
+    link: bool,
 ) -> None:
     """Write what was trained under a provisional name, then move it into the run's folder, what makes it load last."""
     network, output = trainer.model, Path(result.output)
@@ -504,7 +513,7 @@ def _write_result(
         if result.train == "gates":
             gates = {name: whole(gate) for name, gate in gate_parameters(network)}
             if main:
-                write_with_gates(checkpoint, gates, partial, progress=False)
+                write_with_gates(checkpoint, gates, partial, link=link, progress=False)
                 copy_file(checkpoint.folder / CONFIG_NAME, partial / CONFIG_NAME)
         else:
             if not is_sharded(network):  # back from fp32: what is loaded again is then what is in memory now

@@ -79,12 +79,12 @@ def gate_parameter_groups(
 
 
 def write_with_gates(
-    checkpoint: Checkpoint, gates: dict[str, torch.Tensor], folder: Path, *, progress: bool = True
+    checkpoint: Checkpoint, gates: dict[str, torch.Tensor], folder: Path, *, link: bool = False, progress: bool = True
 ) -> None:
     """
     Write the weights of `checkpoint` to `folder` with other `gates`: they come in `model-gates.safetensors`, in the
     dtype that the checkpoint's have, and every other tensor keeps its bytes. A checkpoint as converted keeps its other
-    shards whole.
+    shards whole; with `link` they are links.
 
     Raises:
         UserError: `gates` are not those that the checkpoint has.
@@ -98,6 +98,6 @@ def write_with_gates(
             recipes[key] = Recipe(replace(info, file=GATES_NAME), make=lambda gate=gates[key]: gate)
         else:
             recipes[key] = carried(key, info, file=SINGLE_SHARD if info.file == WEIGHTS_NAME else info.file)
-    write_shards(checkpoint, recipes, folder, progress=progress)
+    write_shards(checkpoint, recipes, folder, link=link, progress=progress)
     write_index(folder, recipes)
     checkpoint.copy_carried(folder)

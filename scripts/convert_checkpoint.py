@@ -12,6 +12,12 @@ import sys
 from gated_llama.scripts.cli import add_writing_arguments
 
 
+LINK = (
+    "link to the source's weights instead of copying them: no time and no space, but they are then the same bytes, so "
+    "do not write to the source's files in place (default: copy)"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a folder with safetensors weights, or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
@@ -32,12 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the weights in this dtype (default: as they are)",
     )
     parser.add_argument("--max-shard-size", help="write the weights in shards of at most this size, such as 5GB")
-    parser.add_argument(
-        "--link",
-        action="store_true",
-        help="link to the source's weights instead of copying them: no time and no space, but they are then the same "
-        "bytes, so do not write to the source's files in place (default: copy)",
-    )
+    parser.add_argument("--link", action="store_true", help=LINK)
     verify = parser.add_mutually_exclusive_group()
     verify.add_argument(
         "--verify", action="store_true", default=None, help="run source and result (default: if memory suffices)"

@@ -9,6 +9,8 @@ Plain next-token prediction with Transformers' Trainer. On several processes or 
 import argparse
 import sys
 
+from gated_llama.scripts.convert_checkpoint import LINK
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -42,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-steps", type=int, help="steps between logs (default: a twentieth of the run)")
     add("--report-to", default="none", help="where else to log: tensorboard, wandb, …")
     add("--seed", type=int, default=0, help="of the data's order and of what starts at random (default: 0)")
+    add("--link", action="store_true", help=f"with --train gates: {LINK}")
     add("--resume", action="store_true", help="go on from the last whole checkpoint in --out")
     add("--quiet", action="store_true", help="no progress bar and no live view, and nothing on stdout")
     add("--json", action="store_true", help="print the result as one line of JSON on stdout")
@@ -65,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         args.out,
         FinetuneSettings(**settings),
         resume=args.resume,
+        link=args.link,
         progress=not args.quiet,
         announce=say,
     )

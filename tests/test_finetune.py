@@ -58,9 +58,9 @@ def tensors(folder):
     return {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
 
 
-def finetune(source, data, output, *, resume=False, **settings):
+def finetune(source, data, output, *, resume=False, link=False, **settings):
     settings = FinetuneSettings(**{**QUICK, **settings})
-    return finetune_checkpoint(source, [data], output, settings, resume=resume, progress=False)
+    return finetune_checkpoint(source, [data], output, settings, resume=resume, link=link, progress=False)
 
 
 @pytest.mark.parametrize("way", ["lora", "gates", "full"])
@@ -92,6 +92,11 @@ def test_gates_alone_rewrite_one_file_that_makes_another_copy_the_trained_model(
     logits = [AutoModelForCausalLM.from_pretrained(tmp_path / name)(token_ids()).logits for name in ("copy", "run")]
     assert torch.equal(*logits)
     assert not torch.equal(logits[0], AutoModelForCausalLM.from_pretrained(source)(token_ids()).logits)
+    finetune(source, data, tmp_path / "linked", train="gates", link=True)
+    linked = {name for name in before if (tmp_path / "linked" / name).samefile(source / name)}
+    assert linked == {name for name in before if name.startswith("model-0")} and len(linked) == 2
+    assert (tmp_path / "linked" / GATES_NAME).read_bytes() == after[GATES_NAME]
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
 def test_gates_alone_of_a_checkpoint_in_one_file(tmp_path, data):
@@ -323,6 +328,7 @@ def test_a_diverged_loss_ends_the_run():
         ({"report_to": "nowhere"}, "report_to 'nowhere' needs a package"),
         ({"length": 1}, "length must be at least 2"),
         ({"held_out": 1.0}, "held_out is a share"),
+        ({"link": True}, "link needs weights that stay as they are: use train='gates', not 'lora'"),
         ({"train": "full", "quantize": "4bit"}, "quantized weights cannot be trained"),
         ({"fsdp_size": 2}, "LoRA with gates cannot be trained on sharded weights"),
         ({"quantize": "2bit"}, "no quantization '2bit'"),
