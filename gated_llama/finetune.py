@@ -23,6 +23,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerState,
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations
@@ -454,6 +455,11 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def _run(trainer: GatedTrainer, last: Path | None) -> None:
     """Train to the end, or leave whole checkpoints only and say how to go on."""
+    if last is not None:
+        # Shares of the run there, steps here: the Trainer would warn that they do not match.
+        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            setattr(trainer.args, name, getattr(state, name))
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except UserError as error:
