@@ -124,6 +124,7 @@ FINETUNING = f"""# {{{{ name }}}}
 | trained | {{{{ trained }}}} |
 | data | {{{{ result.data }}}} |
 | steps | {{{{ result.steps }}}} |
+| tokens seen in training | {{{{ "{{:,}}".format(result.tokens) }}}} |
 {{% for name, value in settings.items() %}}| {{{{ name }}}} | {{{{ value }}}} |
 {{% endfor %}}
 {{% if losses %}}Held-out loss, nats a token: {{{{ losses }}}}. {{% endif %}}{{{{ result.verdict }}}}

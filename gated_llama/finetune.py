@@ -181,6 +181,7 @@ class FinetuneResult:
     output: str
     train: str
     steps: int
+    tokens: int  # seen in all steps, without padding
     parameters: Parameters
     data: str
     loss: float  # mean over the run
@@ -265,6 +266,7 @@ def finetune_checkpoint(
         output=str(output),
         train=settings.train,
         steps=trainer.state.global_step,
+        tokens=trainer.state.num_input_tokens_seen // settings.tp_size,  # processes that split layers see the same
         parameters=parameters,
         data=str(rows),
         loss=sum(losses) / len(losses),

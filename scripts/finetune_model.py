@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
         print(result.to_json())
     if result.held_out_after is not None:
         say(f"held-out loss {result.held_out_before:.4f} before, {result.held_out_after:.4f} after, in nats a token")
-    say(f"mean training loss {result.loss:.4f} over {result.steps} steps; saved to {result.output}")
+    trained_on = f"{result.steps} steps and {result.tokens:,} tokens"
+    say(f"mean training loss {result.loss:.4f} over {trained_on}; saved to {result.output}")
     say(result.verdict)
 
 

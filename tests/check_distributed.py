@@ -90,8 +90,8 @@ def losses(run):
     return torch.tensor([entry["loss"] for entry in log if "loss" in entry])
 
 
-def held_out(run):
-    return json.loads((run / "finetune.json").read_text())["result"]["held_out_after"]
+def result(run):
+    return json.loads((run / "finetune.json").read_text())["result"]
 
 
 def tensors(run):
@@ -128,7 +128,9 @@ def test_two_processes_learn_what_one_does(folder, case, way):
     )
     assert one[-1] < one[0] - 0.1
     assert difference < 2e-3 and gap < 2e-3
-    assert held_out(folder / "two") == pytest.approx(held_out(folder / "one"), abs=2e-3)
+    one, two, resumed = (result(folder / name) for name in ("one", "two", "stopped"))
+    assert two["held_out_after"] == pytest.approx(one["held_out_after"], abs=2e-3)
+    assert one["tokens"] == two["tokens"] == resumed["tokens"] == 8 * 4 * 16
     expected, got = tensors(folder / "one"), tensors(folder / "two")
     assert expected.keys() == got.keys()
     assert all(expected[key].shape == got[key].shape and expected[key].dtype == got[key].dtype for key in expected)

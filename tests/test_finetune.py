@@ -70,6 +70,8 @@ def test_every_way_learns_and_loads(tmp_path, data, variant, way):
     result = finetune(source, data, tmp_path / "run", train=way)
     assert result.held_out_after < result.held_out_before - 0.05
     assert result.gate_drift > 1e-3 and "The gates moved by" in result.verdict
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert result.tokens == 8 * 4 * 16 and "| steps | 8 |\n| tokens seen in training | 512 |" in card
     model, _ = load(tmp_path / "run")
     assert (result.parameters.gates, result.parameters.rest == 0) == (3 * 6 * 36, way == "gates")
     gates = {name: tensor for name, tensor in model.state_dict().items() if is_gate(name) and "original" not in name}
@@ -160,6 +162,10 @@ def history(run):
     return [(entry["step"], entry["loss"], entry["gate_mean"]) for entry in log if "loss" in entry]
 
 
+def tokens_seen(run):
+    return json.loads((run / "finetune.json").read_text())["result"]["tokens"]
+
+
 def with_callback(monkeypatch, callback):
     plain = GatedTrainer.__init__
 
@@ -214,6 +220,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, data, monkeypatc
     finetune(source, data, tmp_path / "run", resume=True, **settings)
     assert not [line for line in warned if "arguments do not match" in line]
     assert history(tmp_path / "run") == history(tmp_path / "whole")
+    assert 0 < tokens_seen(tmp_path / "run") == tokens_seen(tmp_path / "whole")
     whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "run")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
