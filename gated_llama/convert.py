@@ -44,6 +44,7 @@ from gated_llama.checkpoint import (
 from gated_llama.errors import UserError
 from gated_llama.families import Origin, gate_settings, gated_config, recognise
 from gated_llama.gates import is_gate
+from gated_llama.loading import refuse_adapter
 from gated_llama.shards import DTYPE_NAMES, DTYPES, Recipe, carried, split_by_size, write_index, write_shards
 from gated_llama.tokenizer import Kept, keep_tokenizer
 from gated_llama.verify import Verification
@@ -125,6 +126,7 @@ def convert_checkpoint(
         raise UserError(f"{source_id!r} is no id of a Hub repository: give --source-id as ORG/NAME.")
     if source_id is not None and not Path(source).is_dir():
         raise UserError(f"{source} is no local folder, which alone needs another name: leave --source-id out.")
+    refuse_adapter(source)
     found = find_source(source, revision)
     refuse_nesting(found.folder, Path(output))
     checkpoint = read_checkpoint(found.folder)

@@ -38,7 +38,7 @@ from gated_llama.convert import load_model, shapes_of
 from gated_llama.errors import UserError
 from gated_llama.families import FAMILIES, base_config, read_gated_config
 from gated_llama.gates import is_gate
-from gated_llama.merge import refuse_adapter
+from gated_llama.loading import refuse_adapter
 from gated_llama.shards import Recipe, carried, write_index, write_shards
 from gated_llama.tokenizer import keep_tokenizer, name_class
 from gated_llama.verify import Verification

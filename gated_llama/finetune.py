@@ -48,7 +48,7 @@ from gated_llama.data import Rows, one_row_each, pack, read_documents, shuffled,
 from gated_llama.errors import UserError, first_line
 from gated_llama.families import read_gated_config
 from gated_llama.gates import gate_parameters, is_gate, train_only_gates, write_with_gates
-from gated_llama.loading import ADAPTER_CONFIG, load, load_tokenizer
+from gated_llama.loading import ADAPTER_CONFIG, load, load_tokenizer, refuse_adapter
 from gated_llama.trainer import GatedTrainer, has_accelerator, is_sharded, training_arguments, whole
 
 
@@ -227,6 +227,7 @@ def finetune_checkpoint(
     if link and settings.train != "gates":
         raise UserError(f"link needs weights that stay as they are: use train='gates', not {settings.train!r}.")
     processes = PartialState(cpu=not has_accelerator())
+    refuse_adapter(model)
     found = find_source(model)
     output = Path(output)
     refuse_nesting(found.folder, output)

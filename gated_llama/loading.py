@@ -4,10 +4,12 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_gated  # noqa: F401  (registers the Auto classes)
+from gated_llama.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from gated_llama.errors import UserError, first_line
 
 
@@ -17,6 +19,18 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 def is_adapter(folder: str | os.PathLike) -> bool:
     return os.path.isfile(os.path.join(folder, ADAPTER_CONFIG))
+
+
+def refuse_adapter(source: str | os.PathLike) -> None:
+    """
+    Raises:
+        UserError: `source` is an adapter, with no weights of a model beside it, where a whole checkpoint is needed.
+    """
+    if is_adapter(source) and not any((Path(source) / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        raise UserError(
+            f"{source} is an adapter: make it whole first, with `gated-llama merge {source} OUT`, or, if its base has "
+            "no gates, with merge_and_unload() of PEFT."
+        )
 
 
 def load(source: str | os.PathLike, **settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -29,15 +29,6 @@ class MergeResult:
         return json.dumps(asdict(self))
 
 
-def refuse_adapter(source: str | os.PathLike) -> None:
-    """
-    Raises:
-        UserError: `source` is an adapter, where a whole checkpoint is needed.
-    """
-    if is_adapter(source):
-        raise UserError(f"{source} is an adapter: make it whole first, with `gated-llama merge {source} OUT`.")
-
-
 def merge_adapter(
     adapter: str | os.PathLike, output: str | os.PathLike, *, force: bool = False, progress: bool = True
 ) -> MergeResult:

@@ -18,7 +18,7 @@ def serve(model: str, options: Sequence[str] = ()) -> None:
     Raises:
         UserError: the model is an adapter, or what `transformers serve` needs is not installed.
     """
-    from gated_llama.merge import refuse_adapter  # not for vLLM's plugin
+    from gated_llama.loading import refuse_adapter  # not for vLLM's plugin
 
     refuse_adapter(model)
     sys.argv = ["transformers", "serve", model, *options]

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gated_llama import UserError, convert_checkpoint, gated_lora_config, merge_adapter
+from gated_llama import UserError, convert_checkpoint, finetune_checkpoint, gated_lora_config, merge_adapter
 from gated_llama.export import export_checkpoint
 from gated_llama.publish import check_loads
 from gated_llama.serve import serve
@@ -87,6 +87,16 @@ def test_what_cannot_be_merged_is_refused(base, tmp_path):
 
 def test_where_a_whole_model_is_needed_an_adapter_is_told_to_be_merged(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    for refused in (lambda: export_checkpoint(tmp_path, tmp_path / "out", to="base"), lambda: serve(str(tmp_path))):
+    out = tmp_path / "out"
+    for refused in (
+        lambda: convert_checkpoint(tmp_path, out),
+        lambda: export_checkpoint(tmp_path, out, to="base"),
+        lambda: finetune_checkpoint(tmp_path, ["train.jsonl"], out),
+        lambda: serve(str(tmp_path)),
+    ):
         with pytest.raises(UserError, match=rf"is an adapter: .*`gated-llama merge {tmp_path} OUT`"):
             refused()
+    assert not out.exists()
+    published(tmp_path / "whole", source_model("llama"))
+    (tmp_path / "whole" / "adapter_config.json").write_text("{}")
+    convert_checkpoint(tmp_path / "whole", out, progress=False, verify=False)
