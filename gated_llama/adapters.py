@@ -62,6 +62,11 @@ def base_of(adapter: str | os.PathLike) -> str:
     return base
 
 
+def base_revision(adapter: str | os.PathLike) -> str | None:
+    """The commit of the base, on the Hub, that an adapter folder was trained on."""
+    return read_json(Path(adapter) / ADAPTER_CONFIG).get("revision")
+
+
 def _folder_of(adapter: str | os.PathLike, settings: dict) -> Path:
     """Where the adapter's two files are: in a local folder, or in the Hub's cache, downloaded if need be."""
     subfolder = settings.get("subfolder")

@@ -33,31 +33,33 @@ def refuse_adapter(source: str | os.PathLike) -> None:
         )
 
 
-def load(source: str | os.PathLike, **settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    source: str | os.PathLike, *, revision: str | None = None, **settings
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    The model at `source`, gated or plain, or the adapter there on the base model that it names; `settings` are those
-    of `from_pretrained`.
+    The model at `source`, gated or plain, or the adapter there on the base model that it names, at the revision that it
+    names; `settings` are those of `from_pretrained`.
 
     Raises:
         UserError: there is no causal language model with a tokenizer at `source`, or the adapter's base is another.
     """
     if is_adapter(source):
-        from gated_llama.adapters import base_of, load_adapter
+        from gated_llama.adapters import base_of, base_revision, load_adapter
 
-        model, tokenizer = load(base_of(source), **settings)
+        model, tokenizer = load(base_of(source), revision=revision or base_revision(source), **settings)
         return load_adapter(model, source), tokenizer
     with _refusals(source, "a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(source, **settings)
-    return model, load_tokenizer(source)
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **settings)
+    return model, load_tokenizer(source, revision)
 
 
-def load_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | os.PathLike, revision: str | None = None) -> PreTrainedTokenizerBase:
     """
     Raises:
         UserError: there is no tokenizer at `source`.
     """
     with _refusals(source, "a tokenizer"):
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, revision=revision)
 
 
 @contextmanager

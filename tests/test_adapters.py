@@ -1,6 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """PEFT on gated models: every default, every way to save and load, to the bit; and bases that are not theirs."""
 
+import shutil
 import warnings
 
 import peft
@@ -79,6 +80,21 @@ def test_round_trips_are_equal_to_the_bit(tmp_path, base, settings):
     whole = loaded(tmp_path / "merged")
     torch.testing.assert_close(logits(whole), after, rtol=0, atol=2e-4)  # weights summed before the product
     assert torch.equal(whole(IDS, output_gates=True).gates[0], gates[0])
+
+
+def test_the_base_is_loaded_at_the_revision_that_the_adapter_names(tmp_path, base, monkeypatch):
+    """From the Hub's cache, where `main` is another model and has no tokenizer."""
+    cache = tmp_path / "hub" / "models--org--base"
+    shutil.copytree(base, cache / "snapshots" / ("a" * 40))
+    gated_model(GatedLlamaForCausalLM, use_qk_norm=True, seed=1).save_pretrained(cache / "snapshots" / ("b" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("b" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = loaded(base)
+    model.name_or_path = "org/base"
+    model = moved(peft.get_peft_model(model, gated_lora_config(r=2, revision="a" * 40)))
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(load(tmp_path / "adapter")[0]), logits(model))
 
 
 def test_several_adapters_are_switched(tmp_path, base):
