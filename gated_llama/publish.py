@@ -107,8 +107,8 @@ def contents_to_publish(folder: str | os.PathLike, *, base: str | None = None) -
     card = with_base(card, base) if card and base else card
     if card and (local := [name for name in bases_of(card) if not is_hub_id(name)]):
         raise UserError(
-            f"the card of {folder} names {local[0]!r} as base_model, which is no id on the Hub: give the base's with "
-            "--base OWNER/NAME."
+            f"the card of {folder} names {local[0]!r} as base_model, which is no id on the Hub: publish that base if "
+            "it is not there, and give its id with --base OWNER/NAME."
         )
     if card and (folder / INSPECTION).is_file():
         card = with_measurements(card, read_measurements([folder / INSPECTION]))
@@ -287,13 +287,15 @@ def _ask_about_card(api: HfApi, card: str) -> None:
 def _config_for_others(folder: Path, base: str | None) -> dict:
     """An adapter's config with a base that others can load too."""
     config = read_json(folder / ADAPTER_CONFIG)
-    named = base or str(config.get("base_model_name_or_path"))
-    if Path(named).is_dir() or not is_hub_id(named):
+    named = str(config.get("base_model_name_or_path"))
+    if base is None and (Path(named).is_dir() or not is_hub_id(named)):
         raise UserError(
-            f"{folder / ADAPTER_CONFIG} names {named} as its base, which is a folder of this machine: publish that one "
-            "first, and give its id with --base."
+            f"{folder / ADAPTER_CONFIG} names {named!r} as its base, which is no id on the Hub: publish that "
+            "checkpoint if it is not there, and give its id with --base OWNER/NAME."
         )
-    return {**config, "base_model_name_or_path": named}
+    if base in (None, named):
+        return config
+    return {**config, "base_model_name_or_path": base, "revision": None}  # that was a commit of the other one
 
 
 def loading_snippet(folder: str | os.PathLike, repository: str, commit: str) -> str:

@@ -123,7 +123,7 @@ def test_what_goes_wrong_on_the_way(gated, tmp_path):
     assert (tmp_path / "hub" / "org" / "name" / name).read_bytes() == (gated / name).read_bytes()
 
 
-def test_adapters(gated, tmp_path):
+def test_adapters(gated, tmp_path, monkeypatch):
     """Refused while its base is a folder; then loaded by its id, base and all, by who has not the package."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(gated), gated_lora_config(r=2))
     for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
@@ -140,7 +140,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("org/adapter", trust_remote_cod
         commands = f"{there} --dry-run", f"{there} --base org/gated --pin", f"{gated} org/gated"
         codes, _, errors = push(environment, *commands, checked=False)
         assert codes == ["2", "0", "0"], errors
-        assert "publish that one first" in errors
+        assert "gated' as its base, which is no id on the Hub: publish that checkpoint if it is not there" in errors
         load = [sys.executable, "-c", LOAD, snippet, tmp_path / "x.pt"]
         subprocess.run(load, cwd="/", env=environment, check=True)
     names = {path.name for path in (tmp_path / "hub" / "org" / "adapter").iterdir()}
@@ -150,6 +150,15 @@ model = AutoPeftModelForCausalLM.from_pretrained("org/adapter", trust_remote_cod
     own = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert own["base_model_name_or_path"] == str(gated)
     assert torch.equal(torch.load(tmp_path / "x.pt"), model.eval()(token_ids()).logits)
+
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**own, "base_model_name_or_path": "org/other", "revision": "f" * 40})
+    )
+    monkeypatch.chdir(tmp_path / "hub")  # org/gated is a folder there
+    for base, revision in ((None, "f" * 40), ("org/other", "f" * 40), ("org/gated", None)):
+        sent = json.loads(contents_to_publish(tmp_path / "adapter", base=base)["adapter_config.json"])
+        assert (sent["base_model_name_or_path"], sent["revision"]) == (base or "org/other", revision)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(own))
 
     check_loads(tmp_path / "adapter")
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -165,6 +174,8 @@ model = AutoPeftModelForCausalLM.from_pretrained("org/adapter", trust_remote_cod
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(own))
     with pytest.raises(UserError, match="cannot be put on its base"):
         check_loads(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"nowhere' as its base, .* with --base OWNER/NAME"):
+        contents_to_publish(tmp_path / "adapter")
 
 
 def test_what_does_not_load_elsewhere_is_refused(gated):
