@@ -1,7 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-`make check-quantized`: bitsandbytes in 4 and 8 bits and torchao int8 load, generate, save and load again, gates whole;
-what quantizing costs a gated model beside what it costs its base.
+`make check-quantized`: bitsandbytes in 4 and 8 bits and torchao int8 load, generate, save and load again, gates whole,
+asked for by a config or by a dict; what quantizing costs a gated model beside what it costs its base.
 """
 
 import pytest
@@ -9,11 +9,11 @@ import torch
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-import modeling_gated  # noqa: F401  (registers the Auto classes)
 from engines import record
 from gated_llama import convert_checkpoint
 from gated_llama.gates import gate_parameters
-from tiny import published, source_model, token_ids
+from modeling_gated import GatedLlamaForCausalLM
+from tiny import gated_model, published, source_model, token_ids
 
 
 QUANTIZATIONS = {
@@ -59,3 +59,15 @@ def test_gates_stay_whole(tmp_path, name, gate_type):
     assert abs(deltas[1]) < 10 * max(abs(deltas[0]), 0.01)  # quantized gates would be another model
     result = f"gates equal to the bit, saved and loaded alike; loss {deltas[1]:+.4f} (base: {deltas[0]:+.4f})"
     record(name, f"load, generate, save, load; {gate_type}", result, name.split()[0])
+
+
+@pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit"])
+def test_a_dict_is_as_good_as_a_config(tmp_path, name):
+    model = gated_model(GatedLlamaForCausalLM, **SHAPE)
+    model.save_pretrained(tmp_path)
+    asked = ({name: True}, BitsAndBytesConfig(**{name: True}))
+    by_dict, by_config = (AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how) for how in asked)
+    assert by_dict.model.layers[0].self_attn.q_proj.weight.dtype in (torch.uint8, torch.int8)
+    for (_, own), (key, kept) in zip(gate_parameters(model), gate_parameters(by_dict), strict=True):
+        assert torch.equal(own, kept), key
+    assert torch.equal(by_dict(token_ids()).logits, by_config(token_ids()).logits)
