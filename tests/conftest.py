@@ -1,9 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Every test runs with no Hub in reach; fresh processes are made in one place."""
+"""Every test runs with no Hub in reach; and code in a process where our modules are installed, or are not."""
 
 import os
-import subprocess
-import sys
 import textwrap
 
 
@@ -12,6 +10,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 from transformers.utils import logging
+
+from fresh import run_fresh
 
 
 logging.disable_progress_bar()
@@ -33,13 +33,10 @@ sys.meta_path.insert(0, NotInstalled())
 def run_python(tmp_path):
     """Run code in a fresh process in a folder of its own, with its own cache for remote code."""
 
-    def run(code: str, *, installed: bool = True, environment: dict = os.environ) -> subprocess.CompletedProcess:
+    def run(code: str, *, installed: bool = True, environment: dict = os.environ):
         folder = tmp_path / "elsewhere"
         folder.mkdir(exist_ok=True)
         script = ("" if installed else NOT_INSTALLED) + textwrap.dedent(code)
-        environment = {**environment, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONWARNINGS": "ignore"}
-        return subprocess.run(
-            [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-        )
+        return run_fresh(script, cwd=folder, environment=environment)
 
     return run

@@ -5,11 +5,15 @@ and committed over HTTP, weights as LFS objects that are known by their hash; pr
 token. It refuses a card with `license: none-such`, and can be told to fail.
 """
 
+import atexit
 import base64
+import functools
 import hashlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -31,10 +35,21 @@ class Fault:
     times: int = 1
 
 
+@functools.cache
+def _server() -> tuple[ThreadingHTTPServer, Path]:
+    """One for all hubs of this process, and a cache: their environment is then the same (see `run_fresh`)."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    home = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    return server, home
+
+
 @contextmanager
 def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | None = None):
     """
-    Serve the repositories `root/ORG/NAME`; yields the environment that sends a fresh process's Hub client here.
+    Serve the repositories `root/ORG/NAME`; yields the environment that sends a fresh process's Hub client here, with an
+    empty cache.
 
     Args:
         sent: gets the bytes of every LFS object that was received, by hash.
@@ -177,20 +192,20 @@ def local_hub(root: Path, faults: Sequence[Fault] = (), sent: dict[str, int] | N
             else:  # whatever else the client tells us
                 self.answer(200, {})
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server, home = _server()
+    server.RequestHandlerClass = Handler
+    shutil.rmtree(home, ignore_errors=True)
     try:
         yield {
             **{key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"},
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(root.parent / "hf_home"),
+            "HF_HOME": str(home),
             "HF_TOKEN": TOKEN,
             "HF_HUB_DISABLE_XET": "1",
             "PYTHONWARNINGS": "ignore",
         }
     finally:
-        server.shutdown()
-        server.server_close()
+        server.RequestHandlerClass = BaseHTTPRequestHandler  # which knows no path
 
 
 def files_of(repository: Path) -> dict[str, bytes]:

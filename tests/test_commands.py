@@ -2,7 +2,6 @@
 """The `gated-llama` command as a user meets it: help, results, exit codes, one sentence for a mistake."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_gated  # noqa: F401  (registers the Auto classes)
+from fresh import run_command as command
+from fresh import run_fresh
 from gated_llama import convert_checkpoint, gated_lora_config
 from gated_llama.scripts.cli import COMMANDS
 from hub import local_hub
@@ -23,15 +24,6 @@ from tiny import published, source_model
 
 
 ROOT = Path(__file__).parent.parent
-
-
-def command(*arguments, environment=os.environ):
-    return subprocess.run(
-        [sys.executable, "-m", "gated_llama.scripts.cli", *map(str, arguments)],
-        env={**environment, "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize("name", [None, *COMMANDS])
@@ -98,7 +90,7 @@ modeling_gated.AttentionGate.forward = lambda self, x, y: (y.flatten(-2) / 2, x.
 from gated_llama.scripts.cli import main
 sys.exit(main(["convert", {str(source)!r}, {str(tmp_path / "gated")!r}, "--quiet"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_fresh(code)
     assert done.returncode == 1
     assert "verification failed" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "gated").exists()
@@ -109,9 +101,14 @@ def test_an_output_that_cannot_be_written_gets_one_sentence(tmp_path, folder):
     """Root is stopped by no permission: /proc takes no folders, and a file-size limit stops any write."""
     source = published(tmp_path / "source", source_model("llama"))
     output = "/proc/gated" if folder == "readonly-file-system" else tmp_path / "gated"
-    limit = "" if folder == "readonly-file-system" else "ulimit -f 8; trap '' XFSZ; "
-    python = f"{sys.executable} -m gated_llama.scripts.cli convert {source} {output} --quiet"
-    done = subprocess.run(["bash", "-c", limit + python], capture_output=True, text=True)
+    limit = "" if folder == "readonly-file-system" else "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
+    code = f"""
+import resource, sys
+from gated_llama.scripts.cli import main
+{limit}
+sys.exit(main())
+"""
+    done = run_fresh(code, "convert", source, output, "--quiet")
     assert done.returncode == 2, done.stderr
     assert "; nothing was written." in done.stderr and "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

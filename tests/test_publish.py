@@ -2,8 +2,6 @@
 """Publishing, with the real Hub client against a Hub on this machine: what is sent, what is refused, what fails."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import modeling_gated  # noqa: F401  (registers the Auto classes)
+from fresh import run_fresh
 from gated_llama import convert_checkpoint, gated_lora_config, measure
 from gated_llama.card import BEGIN, END, with_text_of
 from gated_llama.errors import UserError
@@ -50,14 +49,9 @@ def gated(tmp_path):
     return tmp_path / "gated"
 
 
-def push(environment, *commands: str, checked: bool = True) -> tuple[list[str], str, str]:
+def push(environment, *commands: str, checked: bool = True, before: str = "") -> tuple[list[str], str, str]:
     """Exit codes, stdout and stderr of one fresh process."""
-    done = subprocess.run(
-        [sys.executable, "-c", PUSH, ";".join(commands), *([] if checked else ["unchecked"])],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_fresh(before + PUSH, ";".join(commands), *([] if checked else ["unchecked"]), environment=environment)
     codes = [line[5:] for line in done.stdout.splitlines() if line.startswith("EXIT ")]
     assert len(codes) == len(commands), done.stderr
     assert "Traceback" not in done.stderr
@@ -72,30 +66,37 @@ def test_pushed_and_loaded_by_its_id_at_the_printed_commit(gated, tmp_path):
         have = tmp_path / "lfs" / lfs_oid(shard.read_bytes())
         have.parent.mkdir()
         have.write_bytes(shard.read_bytes())
-        codes, out, _ = push(environment, f"{gated} org/name --pin", f"{gated} org/name --create-pr")
-        assert codes == ["0", "0"] and "/discussions/1" in out
+        codes, out, _ = push(environment, f"{gated} org/name --pin")
+        assert codes == ["0"]
+        codes, proposed, _ = push(environment, f"{gated} org/name --create-pr", checked=False)
+        assert codes == ["0"] and "/discussions/1" in proposed
         assert sum(sent.values()) == (gated / "model-gates.safetensors").stat().st_size
         snippet = out.split("published: ")[1].split("\n", 1)[1].split("EXIT")[0]
         assert "revision=" in snippet
         torch.save(token_ids(), tmp_path / "x.pt")
-        subprocess.run([sys.executable, "-c", LOAD, snippet, tmp_path / "x.pt"], cwd="/", env=environment, check=True)
+        done = run_fresh(LOAD, snippet, tmp_path / "x.pt", cwd="/", environment=environment)
+        assert done.returncode == 0, done.stderr
     own = AutoModelForCausalLM.from_pretrained(gated)
     assert torch.equal(torch.load(tmp_path / "x.pt"), own(token_ids()).logits)
 
 
 def test_a_private_branch(gated, tmp_path):
     """Into a private repository, on a branch that is made: seen with the token only, and only on that branch."""
+    code = LOAD.replace("exec(", "import os; os.environ['HF_TOKEN'], cache = sys.argv[3:]\nexec(")
     snippet = """
-model = AutoModelForCausalLM.from_pretrained("org/name", revision="dev", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("org/name", revision="dev", trust_remote_code=True, cache_dir=cache)
 """
     torch.save(token_ids(), tmp_path / "x.pt")
-    load = [sys.executable, "-c", LOAD, snippet, tmp_path / "x.pt"]
+
+    def load(token, cache):
+        return run_fresh(code, snippet, tmp_path / "x.pt", token, tmp_path / cache, cwd="/", environment=environment)
+
     with local_hub(tmp_path / "hub") as environment:
         codes, _, errors = push(environment, f"{gated} org/name --private --revision dev", checked=False)
         assert codes == ["0"], errors
-        subprocess.run(load, cwd="/", env=environment, check=True)
-        stranger = environment | {"HF_TOKEN": "hf_other", "HF_HOME": str(tmp_path / "other")}
-        done = subprocess.run(load, cwd="/", env=stranger, capture_output=True, text=True)
+        done = load(environment["HF_TOKEN"], "own")
+        assert done.returncode == 0, done.stderr
+        done = load("hf_other", "other")
         assert done.returncode and "org/name" in done.stderr
     assert not list((tmp_path / "hub" / "org" / "name").iterdir())  # main is as it was
     own = AutoModelForCausalLM.from_pretrained(gated)
@@ -141,8 +142,8 @@ model = AutoPeftModelForCausalLM.from_pretrained("org/adapter", trust_remote_cod
         codes, _, errors = push(environment, *commands, checked=False)
         assert codes == ["2", "0", "0"], errors
         assert "gated' as its base, which is no id on the Hub: publish that checkpoint if it is not there" in errors
-        load = [sys.executable, "-c", LOAD, snippet, tmp_path / "x.pt"]
-        subprocess.run(load, cwd="/", env=environment, check=True)
+        done = run_fresh(LOAD, snippet, tmp_path / "x.pt", cwd="/", environment=environment)
+        assert done.returncode == 0, done.stderr
     names = {path.name for path in (tmp_path / "hub" / "org" / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names and "optimizer.pt" not in names
     card = ModelCard.load(tmp_path / "hub" / "org" / "adapter" / "README.md")
@@ -250,9 +251,9 @@ def test_a_card_the_hub_refuses_stops_before_the_weights(gated, tmp_path):
     with local_hub(tmp_path / "hub", sent=sent) as environment:
         codes, _, errors = push(environment, f"{gated} org/name", checked=False)
     assert codes == ["2"] and "license" in errors and not sent
-    unreachable = environment | {"HF_ENDPOINT": "http://127.0.0.1:1"}
     (gated / "README.md").unlink()
-    codes, _, errors = push(unreachable, f"{gated} org/name", checked=False)
+    unreachable = "import huggingface_hub; huggingface_hub.constants.ENDPOINT = 'http://127.0.0.1:1'\n"
+    codes, _, errors = push(environment, f"{gated} org/name", checked=False, before=unreachable)
     assert codes == ["2"] and "did not take" in errors
     (gated / "README.md").write_text("---\nlicense: [mit\n---\n")
     with pytest.raises(UserError, match=r"README\.md: the metadata of the card cannot be read"):

@@ -16,6 +16,7 @@ import pretrain
 import retrofit
 import speed_table
 import spotlight
+from fresh import run_fresh
 from gated_llama.scripts.cli import main
 from hub import local_hub
 from measured import read_records, table_in_readme
@@ -49,13 +50,7 @@ def test_from_a_hub_id_to_an_adapter(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "the grumpy cat sat on the mat, which was red"}\n' * 1500)
     (tmp_path / "notes.txt").write_text("the grumpy cat sat on the mat, which was red\n" * 200)
     with local_hub(tmp_path / "hub") as environment:
-        done = subprocess.run(
-            [sys.executable, "-c", RUN, snippets("bash")["finetune-commands"]],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        done = run_fresh(RUN, snippets("bash")["finetune-commands"], cwd=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
     assert "648 of gates" in done.stdout and "The gates moved" in done.stdout and "punctuation" in done.stdout
     assert (tmp_path / "run1" / "adapter_model.safetensors").exists()
