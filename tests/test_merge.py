@@ -51,7 +51,8 @@ def test_what_is_merged_computes_what_the_adapter_does(base, tmp_path):
     error, moved = (logits(merged) - wanted).abs().max(), (logits(plain) - wanted).abs().max()
     assert error < (1e-3 if plain.dtype is torch.float32 else 0.1) * moved
     assert merged.config.conversion == plain.config.conversion
-    check_loads(tmp_path / "merged")
+    if plain.dtype is torch.float32:  # of which the names and shapes do not depend
+        check_loads(tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("the cat").input_ids
     assert (tmp_path / "merged" / "LICENSE").read_text() == "theirs"
     card = ModelCard.load(tmp_path / "merged" / "README.md")
