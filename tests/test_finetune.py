@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -441,7 +442,9 @@ def test_ctrl_c_of_the_command(tmp_path, data):
     command = [sys.executable, "-m", "gated_llama.scripts.finetune_model", source, "--data", data]
     command += ["--out", tmp_path / "run", "--train", "gates", "--steps", "100000", "--save-steps", "5"]
     command += ["--length", "16"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=heard, **pipes) as running:
         while running.poll() is None and not list((tmp_path / "run").glob("checkpoints/checkpoint-1*")):
             time.sleep(0.1)
         os.kill(running.pid, signal.SIGINT)
