@@ -104,11 +104,9 @@ def keep_record(path: Path, record: dict, *keys: str) -> None:
 
 
 def table_in_readme(name: str) -> re.Pattern:
-    """What stands in the README between `<!-- name -->` and `<!-- /name -->`."""
+    """What stands in the README, or in another page, between `<!-- name -->` and `<!-- /name -->`."""
     return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
 
 
-def write_table(name: str, table: str) -> None:
-    README.write_text(
-        table_in_readme(name).sub(lambda match: table, README.read_text(encoding="utf-8")), encoding="utf-8"
-    )
+def write_table(name: str, table: str, page: Path = README) -> None:
+    page.write_text(table_in_readme(name).sub(lambda match: table, page.read_text(encoding="utf-8")), encoding="utf-8")

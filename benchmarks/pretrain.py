@@ -40,13 +40,13 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
+from triggers import DEEP, LETTERS, Tokenizer, Triggers
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama import UserError, measure
 from gated_llama.trainer import training_arguments
 from measured import RESULTS, circumstances, digest, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
-from retrofit import DEEP, LETTERS, Tokenizer, Triggers
 
 
 RECORDS = RESULTS / "pretrain.jsonl"

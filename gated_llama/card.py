@@ -148,6 +148,34 @@ The adapter `{{{{ adapter }}}}`, merged into {{{{ source }}}}{{% if revision %}}
 {ORIGIN}
 {LOADING}"""
 
+DESINKING = f"""# {{{{ name }}}}
+
+{{{{ source }}}}{{% if revision %}} (commit `{{{{ revision }}}}`){{% endif %}} without {{{{ what }}}}: a model
+{INTRODUCTION}
+
+{GATES}
+## How it was made
+
+```bash
+{{{{ command }}}}
+```
+
+| step | tokens | loss on held-out text | attention to the most attended key | largest activation |
+|---|---|---|---|---|
+| base | | {{{{ "%.4f" | format(result.before.loss) }}}} | {{{{ "%.3f" | format(result.before.most_attended) }}}} | {{{{
+"{{:,.0f}}".format(result.before.m_act) }}}} |
+{{% for step in result.steps %}}| {{{{ step.name }}}} | {{{{ "{{:,}}".format(step.tokens) }}}} | {{{{
+"%.4f" | format(step.judgement.loss) }}}} | {{{{ "%.3f" | format(step.judgement.most_attended) }}}} | {{{{
+"{{:,.0f}}".format(step.judgement.m_act) }}}} |
+{{% endfor %}}
+On {{{{ result.text }}}}, with windows cut anywhere and begun with each special token; costs in nats a token:
+
+| | before | after |
+|---|---|---|
+{{% for name, before, after in result.rows() %}}| {{{{ name }}}} | {{{{ before }}}} | {{{{ after }}}} |
+{{% endfor %}}
+{LOADING}"""
+
 MEASURED = """## Measured
 
 By `gated-llama inspect`, on {windows} windows of {length} tokens.
@@ -335,6 +363,32 @@ def merged_card(config: GatedLlamaConfig, base: Source, adapter: Path, output: P
         conversion=config.conversion,
         library="transformers",
         auto_class=AUTO_CLASSES[architecture],
+    )
+
+
+def desinking_card(result, source: Source, config: GatedLlamaConfig, asked: dict, text: list[str]) -> str:
+    """
+    Args:
+        result: the [`DesinkResult`] to describe.
+        source: the checkpoint that it was made of.
+        asked: the settings, by the names of [`DesinkSettings`].
+    """
+    words = ["gated-llama", "desink", source.name, Path(result.output).name, "--text", *_without_folders(text)]
+    options = ("max_loss", "calm_tokens", "move_tokens", "heal_tokens", "length", "batch_size", "seed")
+    words += ["--calm-only"] if asked["calm_only"] else []
+    words += [word for name in options for word in _option(name, asked[name])]
+    return _card(
+        _of_whole_model(config.architectures[0], base_model=source.name, **_base_card_fields(source.folder)),
+        DESINKING,
+        name=Path(result.output).resolve().name,
+        source=source.name,
+        revision=source.revision,
+        what="massive activations" if asked["calm_only"] else "its attention sink",
+        config=config,
+        command=shlex.join(words),
+        result=result,
+        library="transformers",
+        auto_class=AUTO_CLASSES[config.architectures[0]],
     )
 
 

@@ -10,6 +10,7 @@ from gated_llama import __version__
 
 COMMANDS = {
     "convert": "convert_checkpoint",
+    "desink": "desink_model",
     "export": "export_checkpoint",
     "finetune": "finetune_model",
     "inspect": "inspect_model",

@@ -7,20 +7,17 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from tokenizers import processors
-from transformers import AutoTokenizer
+import sinks
 
 import engines
 import paint_mixer
 import pretrain
-import retrofit
 import speed_table
 import spotlight
 from fresh import run_fresh
 from gated_llama.scripts.cli import main
 from hub import local_hub
 from measured import read_records, table_in_readme
-from modeling_gated import GatedLlamaForCausalLM
 from tiny import published, source_model
 
 
@@ -66,22 +63,9 @@ def test_load_finetune_look(tmp_path, monkeypatch, capsys):
     namespace = {}
     for name in ("load", "look", "finetune"):
         exec(compile(snippets("python")[name], f"README.md ({name})", "exec"), namespace)
-    assert set(snippets("python")) == {"load", "look", "finetune", "desink"}
+    assert set(snippets("python")) == {"load", "look", "finetune"}
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert "GateStatistics(" in capsys.readouterr().out
-
-
-def test_desink(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    published(tmp_path / "source", source_model("llama-3.2"), tokenizer=True)
-    (tmp_path / "notes.txt").write_text("the grumpy cat sat on the mat, which was red\n" * 200)
-    assert main(["convert", "source", "gated", "--gate-bias"]) == 0
-    tokenizer = AutoTokenizer.from_pretrained("gated")
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    namespace = {"model": GatedLlamaForCausalLM.from_pretrained("gated"), "tokenizer": tokenizer}
-    exec(compile(snippets("python")["desink"], "README.md (desink)", "exec"), namespace)
-    assert len(namespace["fits"]) == 18 and len(namespace["shares"]) == 3
-    assert GatedLlamaForCausalLM.from_pretrained("desinked").config.gate_bias
 
 
 def test_the_table_of_engines_tells_every_run_and_no_other():
@@ -107,14 +91,9 @@ def test_what_the_textbook_tasks_are_to_show_holds_in_the_records():
         assert [claim for claim in module.claims(records) if not claim.holds] == []
 
 
-def test_the_tables_of_retrofits_are_those_of_the_records():
-    python = retrofit.table(retrofit.records_of("python, small"))
-    assert table_in_readme("retrofit python").search(README)[0] == python and "| sink moved |" in python
-    records = retrofit.records_of("deep")
-    assert {(record["seed"], record["recipe"]) for record in records} == {
-        (seed, recipe) for seed in (0, 1, 2) for recipe in (retrofit.BASE, *retrofit.RECIPES)
-    }
-    assert table_in_readme("retrofit").search(README)[0] == retrofit.table(records)
+def test_the_table_of_sinks_is_that_of_the_records():
+    page = (ROOT / "docs" / "sinks.md").read_text()
+    assert table_in_readme("sinks").search(page)[0] == sinks.table(read_records(sinks.RECORDS))
 
 
 def test_the_table_of_speed_is_that_of_the_last_record():

@@ -1,0 +1,236 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Real models without their sink, and the controls: each recipe from the same base, judged on held-out windows that begin
+with a special token ("begun") and on windows cut anywhere ("cut"). Keeps a record of each in benchmarks/results/
+sinks.jsonl; `--write` makes the table of docs/sinks.md of them.
+
+    python benchmarks/sinks.py --text TRAIN.jsonl --held-out HELD-OUT.jsonl [--wikitext FILE] [--model smollm2-135m]
+    python benchmarks/sinks.py --write
+"""
+
+import argparse
+import json
+import lzma
+import random
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from models import PACKAGED, real_model
+
+from gated_llama import convert_checkpoint
+from gated_llama.loading import load
+from gated_llama.sinks.distil import DistilSettings, distil
+from gated_llama.sinks.judge import judge, losses
+from gated_llama.sinks.layers import sink_tokens, state_lengths
+from gated_llama.sinks.move import MoveSettings, add_biases, move_sinks
+from measured import RESULTS, ROOT, circumstances, digest, keep_record, read_records, write_table
+
+
+RECORDS, PAGE = RESULTS / "sinks.jsonl", ROOT / "docs" / "sinks.md"
+BEGINNING = "<|endoftext|>"
+BASE = "base"
+WINDOWS, LENGTH = 32, 256  # of each kind that are judged
+
+
+@dataclass(frozen=True)
+class Move:
+    tokens: int = 65_536
+    settings: MoveSettings = field(default_factory=lambda: MoveSettings(max_loss=9.0))  # the price is what is asked
+
+
+@dataclass(frozen=True)
+class Distil:
+    tokens: int
+    settings: DistilSettings
+    teacher: bool = True  # the base's predictions are learned, not those of the text
+
+
+CALM = Distil(196_608, DistilSettings("layers"))
+GATES = Distil(98_304, DistilSettings("gates"))
+NO_GATES = ("attn_gate", "_proj.bias")
+RECIPES = {
+    "moved, neither values nor outputs": [Move(16_384, MoveSettings(max_loss=9.0, values=False, outputs=False))],
+    "moved, values shifted": [Move(16_384, MoveSettings(max_loss=9.0, outputs=False))],
+    "moved, 16k tokens": [Move(16_384)],
+    "moved": [Move()],
+    "moved, gates distilled": [Move(), replace(GATES, settings=replace(GATES.settings, penalty=0.0))],
+    "calmed": [CALM],
+    "calmed, without gates": [replace(CALM, settings=replace(CALM.settings, frozen=NO_GATES))],
+    "calmed, moved, gates distilled": [CALM, Move(), GATES],
+    "calmed harder, moved, gates distilled": [
+        Distil(262_144, DistilSettings("layers", lr=3e-4, times=2.0)),
+        Move(),
+        replace(GATES, settings=replace(GATES.settings, gate_lr=2e-3, times=2.0)),
+    ],
+    "trained on text, without gates": [
+        Distil(4_915_200, DistilSettings("layers", lr=6e-5, batch_size=32, penalty=0.0, frozen=NO_GATES), teacher=False)
+    ],
+}
+
+
+def read_texts(path: Path) -> list[str]:
+    """Of a `.jsonl` file, perhaps compressed, or of one text."""
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file] if ".jsonl" in path.name else [file.read()]
+
+
+def token_row(tokenizer, path: Path, limit: int) -> torch.Tensor:
+    """The tokens of a file's texts in a random order, up to `limit`, the beginning-of-text token before each."""
+    texts, row = read_texts(path), []
+    random.Random(0).shuffle(texts)
+    for text in texts:
+        row += [tokenizer.convert_tokens_to_ids(BEGINNING), *tokenizer(text, verbose=False).input_ids]
+        if len(row) > limit:
+            break
+    return torch.tensor(row[:limit])
+
+
+def cut(tokens: torch.Tensor, count: int, length: int, seed: int, first: int | None = None) -> torch.Tensor:
+    """Windows (count, T) of a long row of tokens, cut anywhere; with the token `first` in front if it is given."""
+    picked = random.Random(seed)
+    starts = [picked.randrange(len(tokens) - length) for _ in range(count)]
+    rows = torch.stack([tokens[start : start + length] for start in starts]).long()
+    if first is not None:
+        rows = torch.cat([torch.full((count, 1), first), rows[:, :-1]], dim=1)
+    return rows
+
+
+def run(args: argparse.Namespace) -> None:
+    from gated_llama.verify import no_bars_of_transformers
+
+    with tempfile.TemporaryDirectory() as work, no_bars_of_transformers():
+        gated = Path(work) / "gated"
+        convert_checkpoint(real_model(args.model), gated, link=True, verify=False, progress=False)
+        base, tokenizer = load(gated, dtype=torch.float32)
+        base = base.to(args.device)
+        rows, held_out = (token_row(tokenizer, path, args.tokens) for path in (args.text, args.held_out))
+        beginning = tokenizer.convert_tokens_to_ids(BEGINNING)
+        judged = {
+            "begun": cut(held_out, args.windows, args.length, 1, beginning),
+            "cut": cut(held_out, args.windows, args.length, 2),
+        }
+        wikitext = None
+        if args.wikitext:
+            wikitext = cut(token_row(tokenizer, args.wikitext, args.tokens), 48, args.length, 3, beginning)
+
+        def mixed(count: int, seed: int) -> torch.Tensor:
+            windows = cut(rows, max(2, count // args.scale // args.length), args.length, seed)
+            windows[::2, 1:], windows[::2, 0] = windows[::2, :-1].clone(), beginning
+            return windows
+
+        def look(model) -> dict:
+            found = {kind: asdict(judge(model, windows, calibration)) for kind, windows in judged.items()}
+            return found | ({} if wikitext is None else {"wikitext": losses(model, wikitext).mean().item()})
+
+        calibration = mixed(4_096, 5)
+        fitted = mixed(16_384 if args.scale == 1 else 65_536, 11)
+        common = {"model": args.model, "text": digest(judged["cut"]), "seed": args.seed}
+        for name in (BASE, *args.recipes):
+            if {**common, "recipe": name} in [
+                {key: record[key] for key in (*common, "recipe")} for record in read_records(args.records)
+            ]:
+                continue
+            since, said, tokens = time.monotonic(), [], 0
+            if name == BASE:
+                model = base
+            else:
+                model, _ = load(gated, dtype=torch.float32)
+                model = model.to(args.device)
+                add_biases(model)
+                lengths = state_lengths(base, fitted)
+                for number, step in enumerate(RECIPES[name]):
+                    tokens += step.tokens
+                    if isinstance(step, Move):
+                        windows = mixed(step.tokens, 11)
+                        sinks = sink_tokens(state_lengths(base, windows))
+                        said.append(str(move_sinks(model, windows, step.settings, sinks=sinks, progress=True)))
+                    else:
+                        windows = mixed(step.tokens, 100 * (args.seed + 1) + number)
+                        teacher = base if step.teacher else None
+                        distil(model, teacher, windows, lengths, step.settings, progress=True)
+            seconds = time.monotonic() - since
+            entry = {**common, "recipe": name, "tokens": tokens, "seconds": seconds, "said": said, **look(model)}
+            entry["machine"] = torch.cuda.get_device_name() if args.device == "cuda" else "2 CPU cores"
+            keep_record(args.records, entry | circumstances(), *common, "recipe")
+            print(f"{args.model}, {name}: {seconds:.0f} s, loss {entry['cut']['loss']:.4f}", flush=True)
+
+
+# What is compared: its name, where it stands in a judgement, how it is shown, and whether recipes show it as a ratio.
+COLUMNS = (
+    ("loss", "loss", ".4f", "percent"),
+    ("attention to the most attended key", "most_attended", ".3f", "ratio"),
+    ("sink rate", "sink_rate", ".3f", ""),
+    ("M-Act", "m_act", ",.0f", "ratio"),
+    ("W8A8 cost, dynamic per tensor", "W8A8, dynamic per tensor", ".3f", "ratio"),
+    ("… static", "W8A8, static per tensor", ".3f", "ratio"),
+    ("… per token", "W8A8, per token", ".3f", ""),
+    ("last 64 tokens only", "short_window", "+.3f", ""),
+    ("… and the first", "short_window_and_first", "+.3f", ""),
+)
+
+
+def cell(now: dict, base: dict, key: str, form: str, how: str) -> str:
+    """Of windows that were begun and of windows cut anywhere; nothing where a recipe was not asked."""
+    shown = []
+    for kind in ("begun", "cut"):
+        value, was = ({**of[kind], **of[kind]["penalties"]}.get(key) for of in (now, base))
+        if value is None:
+            return ""
+        shown.append(
+            format(value, form)
+            if now is base or not how
+            else f"{100 * (value / was - 1):+.2f} %"
+            if how == "percent"
+            else f"× {value / was:.3f}"
+        )
+    return "; ".join(shown)
+
+
+def table(records: list[dict]) -> str:
+    """A row a recipe, below the base of its model and text."""
+    lines = [
+        f"| recipe | tokens | {' | '.join(name for name, *_ in COLUMNS)} | WikiText-2 |",
+        f"|---|---|{'---|' * len(COLUMNS)}---|",
+    ]
+    bases = {(record["model"], record["text"]): record for record in records if record["recipe"] == BASE}
+    for record in records:
+        base = bases[record["model"], record["text"]]
+        name = f"*{record['model']}* ({record['machine']})" if record is base else record["recipe"]
+        cells = [cell(record, base, *column) for _, *column in COLUMNS]
+        wikitext = record.get("wikitext")
+        if wikitext is not None:
+            wikitext = f"{wikitext:.4f}" if record is base else f"{100 * (wikitext / base['wikitext'] - 1):+.2f} %"
+        lines.append(f"| {name} | {record['tokens'] / 1000:,.0f}k | {' | '.join(cells)} | {wikitext or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help=f"{', '.join(PACKAGED)}, a folder or an id")
+    parser.add_argument("--text", type=Path, help="to fit on and to train on")
+    parser.add_argument("--held-out", type=Path, help="to judge on")
+    parser.add_argument("--wikitext", type=Path, help="WikiText-2, whose loss is then recorded too")
+    parser.add_argument("--recipes", choices=RECIPES, nargs="*", default=list(RECIPES), help="(default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the text (default: 0)")
+    parser.add_argument("--tokens", type=int, default=6_000_000, help="of a file that are read (default: 6000000)")
+    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"that are judged (default: {WINDOWS})")
+    parser.add_argument("--length", type=int, default=LENGTH, help=f"of a window (default: {LENGTH})")
+    parser.add_argument("--scale", type=int, default=1, help="take so much less text, for a rehearsal (default: 1)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--write", action="store_true", help="run nothing: write the table from the records")
+    args = parser.parse_args()
+    if args.write:
+        write_table("sinks", table(read_records(RECORDS)), PAGE)
+    elif args.text is None or args.held_out is None:
+        parser.error("give --text and --held-out, or --write")
+    else:
+        run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+What moving a sink costs and buys, on windows of a text: loss, attention to sinks, massive activations, quantization
+(simulated), and attention to the last tokens alone, without the first ones.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gated_llama.attention import watched
+from gated_llama.diagnose import decoder_layers
+
+
+SINK_SHARE = 0.3  # of a head's attention, from which on a key is its sink (Gu et al., arXiv 2410.10781)
+LATER = 64  # queries from here on count: the earlier have few keys to look at; and how many a short window sees
+QUANTIZATIONS = {  # how inputs are scaled, and to how many bits
+    "W8A8, dynamic per tensor": ("dynamic per tensor", 8),
+    "W8A8, static per tensor": ("static per tensor", 8),
+    "W8A8, per token": ("per token", 8),
+    "W4A4, per token": ("per token", 4),
+}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """
+    Losses and costs are in nats a token. An attended key is one in the first half of a window, seen by queries from the
+    64th on, so that a sink counts wherever it stands.
+    """
+
+    loss: float
+    first_token: float  # attention, a mean over queries, heads and layers
+    most_attended: float  # of each head and window, its most attended key
+    sink_rate: float  # share of heads and windows in which that key gets more than .3
+    m_act: float  # mean over layers of the largest |x| of a window
+    penalties: dict[str, float]  # of quantization, simulated; by the names of `QUANTIZATIONS`
+    short_window: float  # cost of seeing the last 64 tokens only, for queries from the 64th on
+    short_window_and_first: float  # … and the first token, as StreamingLLM keeps it
+
+
+@torch.no_grad()
+def losses(
+    model: PreTrainedModel, windows: torch.Tensor, batch_size: int = 8, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """In nats, of each token but the first, (B, T - 1); `seen` (T, T) says which keys a query sees, all if None."""
+    found = []
+    for rows in windows.split(batch_size):
+        ids = rows.to(model.device)
+        mask = None if seen is None else seen.to(ids.device).expand(len(ids), 1, -1, -1)
+        logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        found.append(nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu())
+    return torch.cat(found)
+
+
+def last_tokens(length: int, size: int, *, and_first: bool = False) -> torch.Tensor:
+    """The keys that queries see, (T, T): the last `size`, and the first token if asked for."""
+    places = torch.arange(length)
+    distance = places[:, None] - places
+    return (distance >= 0) & ((distance < size) | (and_first & (places == 0)))
+
+
+@torch.no_grad()
+def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> tuple[float, ...]:
+    """First-token attention, the most attended keys', the sink rate and M-Act."""
+    later, half = min(LATER, windows.shape[1] // 2), max(1, windows.shape[1] // 2)
+    first, largest, received = [], [], {}
+
+    def see(layer: int, start: int, begin: int, weights: torch.Tensor, output: torch.Tensor) -> None:
+        if begin == 0:
+            first.append(weights[..., 0].sum().item())
+        late = weights[:, :, max(0, later - start) :].sum(2)  # (B, N, keys)
+        sums = received.setdefault(layer, late.new_zeros(*late.shape[:2], windows.shape[1]))
+        sums[:, :, begin : begin + late.shape[2]] += late
+
+    def see_states(layer: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        largest.append(states.abs().amax((1, 2)).float())
+
+    most, layers = [], decoder_layers(model)
+    with ExitStack() as stack:
+        stack.enter_context(watched(model, see))
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(see_states).remove)
+        for rows in windows.split(batch_size):
+            model.get_decoder()(rows.to(model.device), use_cache=False)
+            most += [sums[..., :half].amax(2) / (windows.shape[1] - later) for sums in received.values()]
+            received.clear()
+    most = torch.cat(most)  # (layers · B, N)
+    given = sum(first) / (windows.numel() * most.shape[1] * len(layers))
+    return given, most.mean().item(), (most > SINK_SHARE).float().mean().item(), torch.cat(largest).mean().item()
+
+
+def rounded(x: torch.Tensor, largest: torch.Tensor, levels: int = 127) -> torch.Tensor:
+    step = largest.clamp_min(1e-12) / levels
+    return (x / step).round().clamp(-levels, levels) * step
+
+
+@contextmanager
+def quantized(model: PreTrainedModel, how: str, calibration: torch.Tensor, bits: int = 8) -> Iterator[None]:
+    """
+    Simulated: weights (a scale each) and inputs of the layers' linears, gates left out. `how`: "dynamic per tensor",
+    "static per tensor" (scales from `calibration`), "per token" (weights per output channel).
+    """
+    levels = 2 ** (bits - 1) - 1
+    linears = [
+        linear
+        for layer in decoder_layers(model)
+        for name, linear in layer.named_modules()
+        if isinstance(linear, nn.Linear) and "attn_gate" not in name
+    ]
+    largest = {}
+    if how == "static per tensor":
+
+        def see(linear: nn.Module, inputs: tuple) -> None:
+            peak = inputs[0].detach().abs().max()
+            largest[linear] = torch.maximum(largest.get(linear, peak), peak)
+
+        hooks = [linear.register_forward_pre_hook(see) for linear in linears]
+        losses(model, calibration)
+        for hook in hooks:
+            hook.remove()
+
+    def quantize(linear: nn.Module, inputs: tuple) -> tuple:
+        x = inputs[0]
+        peak = {
+            "dynamic per tensor": lambda: x.abs().max(),
+            "static per tensor": lambda: largest[linear],
+            "per token": lambda: x.abs().amax(-1, keepdim=True),
+        }[how]()
+        return (rounded(x, peak, levels),)
+
+    with ExitStack() as stack:
+        for linear in linears:
+            weight = linear.weight.data
+            stack.callback(setattr, linear.weight, "data", weight)
+            peak = weight.abs().amax(1, keepdim=True) if how == "per token" else weight.abs().max()
+            linear.weight.data = rounded(weight, peak, levels)
+            stack.callback(linear.register_forward_pre_hook(quantize).remove)
+        yield
+
+
+@torch.no_grad()
+def judge(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    calibration: torch.Tensor,
+    *,
+    quantizations: tuple[str, ...] = tuple(QUANTIZATIONS),
+    batch_size: int = 8,
+) -> Judgement:
+    """
+    Args:
+        windows: token ids (B, T), T more than 64, that nothing was fitted to or trained on.
+        calibration: other windows, from which static quantization takes its scales.
+    """
+    model.eval()
+    full = losses(model, windows, batch_size)
+    loss, penalties, costs = full.mean().item(), {}, []
+    for name in quantizations:
+        how, bits = QUANTIZATIONS[name]
+        with quantized(model, how, calibration, bits):
+            penalties[name] = losses(model, windows, batch_size).mean().item() - loss
+    for and_first in (False, True):
+        seen = last_tokens(windows.shape[1], LATER, and_first=and_first)
+        costs.append((losses(model, windows, batch_size, seen) - full)[:, LATER:].mean().item())
+    return Judgement(loss, *_attention_and_states(model, windows, batch_size), penalties, *costs)

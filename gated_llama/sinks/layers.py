@@ -1,0 +1,133 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""A decoder, one layer at a time: states of a text stay, layers pass over them; and the tokens that are sinks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from gated_llama.diagnose import decoder_layers
+
+
+MASSIVE = 8.0  # times a layer's median length, from which on a token's state is massive
+BLOCK = 2**24  # attention logits held at once
+
+
+@dataclass
+class Attended:
+    """
+    What the attention of a layer reads and makes of it, before gates. A query's others are the keys it sees that are no
+    sinks; `others` is the attention that they get, and not 1 minus that of sinks, of which fp32 may leave nothing.
+    """
+
+    states: torch.Tensor  # (B, T, E), normalised: what q, k, v and the gate read
+    queries: torch.Tensor  # (B, T, N, H), rotated
+    values: torch.Tensor  # (B, T, K, H)
+    others: torch.Tensor  # (B, T, N)
+    logits: torch.Tensor  # (B, T, N): log Σ exp over the others' logits
+    outputs: torch.Tensor  # (B, T, N, H)
+
+
+def attend(layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, ...], sinks: torch.Tensor) -> Attended:
+    """Attention of `layer` on residual `states` (B, T, E), with `rotary` the cosines and sines (1, T, H)."""
+    attention = layer.self_attn
+    states = layer.input_layernorm(states)
+    shape = (*states.shape[:2], -1, attention.head_dim)
+    queries = attention.q_norm(attention.q_proj(states).view(shape)).transpose(1, 2)  # (B, N, T, H)
+    keys = attention.k_norm(attention.k_proj(states).view(shape)).transpose(1, 2)  # (B, K, T, H)
+    values = attention.v_proj(states).view(shape)  # (B, T, K, H)
+    queries, keys = apply_rotary_pos_emb(queries, keys, *rotary)
+    batch, heads, tokens, _ = queries.shape
+    groups, window = attention.num_key_value_groups, attention.sliding_window
+    keys = keys.repeat_interleave(groups, 1).transpose(2, 3)  # (B, N, H, T)
+    repeated = values.transpose(1, 2).repeat_interleave(groups, 1)  # (B, N, T, H)
+    places = torch.arange(tokens, device=states.device)
+    others, logits, outputs = [], [], []
+    for block in places.split(max(1, BLOCK // (batch * heads * tokens))):
+        distance = block[:, None] - places
+        unseen = (distance < 0) | (distance >= (window or tokens))  # (b, T)
+        scores = (queries[:, :, block] @ keys * attention.scaling).masked_fill(unseen, float("-inf"))
+        total = scores.logsumexp(3)  # (B, N, b)
+        outputs.append((scores - total[..., None]).exp() @ repeated)  # (B, N, b, H)
+        logits.append(scores.masked_fill(sinks[:, None, None], float("-inf")).logsumexp(3))
+        others.append((logits[-1] - total).exp())
+    join = lambda parts: torch.cat(parts, dim=2).transpose(1, 2)  # noqa: E731  (B, N, T, …) -> (B, T, N, …)
+    return Attended(states, queries.transpose(1, 2), values, join(others), join(logits), join(outputs))
+
+
+def embed(model: PreTrainedModel, windows: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The states (B, T, E) that the first layer reads, in fp32 or what is finer."""
+    table = model.get_decoder().embed_tokens
+    states = table(windows.to(table.weight.device))
+    return states.to(device, torch.promote_types(states.dtype, torch.float32))
+
+
+def rotary_of(model: PreTrainedModel, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (1, T, H) of the positions from 0 on."""
+    rotary = model.get_decoder().rotary_emb
+    positions = torch.arange(states.shape[1], device=rotary.inv_freq.device)[None]
+    cos, sin = rotary(states[:1].to(rotary.inv_freq.device), positions)
+    return cos.to(states.device), sin.to(states.device)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of each layer and token, (L, B, T): of the residual state behind the layer, and of what `down_proj` reads."""
+
+    states: torch.Tensor
+    inner: torch.Tensor
+
+    def limits(self, times: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """So many times the median of each layer, (L) and (L)."""
+        return tuple(times * lengths.flatten(1).median(1).values for lengths in (self.states, self.inner))
+
+
+@contextmanager
+def lengths_seen(model: PreTrainedModel, see: Callable[[str, int, torch.Tensor], None]) -> Iterator[None]:
+    """In the block every forward tells `see` the lengths (B, T) of "states" and "inner" of each layer."""
+
+    def see_states(number: int, layer: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+        see("states", number, (output if isinstance(output, torch.Tensor) else output[0]).float().norm(dim=2))
+
+    def see_inner(number: int, linear: nn.Module, inputs: tuple) -> None:
+        see("inner", number, inputs[0].float().norm(dim=2))
+
+    with ExitStack() as stack:
+        for number, layer in enumerate(decoder_layers(model)):
+            stack.callback(layer.register_forward_hook(partial(see_states, number)).remove)
+            stack.callback(layer.mlp.down_proj.register_forward_pre_hook(partial(see_inner, number)).remove)
+        yield
+
+
+@torch.no_grad()
+def state_lengths(
+    model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int = 8, progress: bool = False
+) -> Lengths:
+    """One plain forward of `windows` (B, T)."""
+    found: dict[tuple[str, int], list[torch.Tensor]] = {}
+    with lengths_seen(model, lambda what, layer, lengths: found.setdefault((what, layer), []).append(lengths.cpu())):
+        bar = tqdm(windows.split(batch_size), desc="finding sinks", unit=" batches", disable=not progress)
+        for rows in bar:
+            model.get_decoder()(rows.to(model.device), use_cache=False)
+    layers = range(model.config.num_hidden_layers)
+    return Lengths(*(torch.stack([torch.cat(found[what, n]) for n in layers]) for what in ("states", "inner")))
+
+
+def sink_tokens(lengths: Lengths) -> torch.Tensor:
+    """
+    Which tokens each layer meets as sinks, (L, B, T): those that the layers before it made massive, wherever they
+    stand. A layer that meets none is given those that come next.
+    """
+    lengths = lengths.states
+    found = lengths > MASSIVE * lengths.flatten(1).median(1).values[:, None, None]
+    sinks, following = torch.zeros_like(found), torch.zeros_like(found[0])
+    for layer in range(len(found) - 1, -1, -1):
+        read = found[layer - 1] if layer else following
+        following = sinks[layer] = read if read.any() else following if following.any() else found[layer]
+    return sinks

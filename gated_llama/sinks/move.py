@@ -1,0 +1,476 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Move attention sinks into the gates, without training.
+
+Let p₀ be a head's attention mass on sink tokens, v₀ their value, which is one and the same, and o′ the head's output
+over the other tokens alone. Its output is o = (1 − p₀)·o′ + p₀·v₀ = (1 − p₀)·(o′ − v₀) + v₀. So a head that does not
+see the sinks, whose values are all shifted by −v₀ (a bias of `v_proj`), which has the gate 1 − p₀, and behind which v₀
+is added (a bias of `o_proj`), computes the same. The key that every query meets at a sink is one and the same, so p₀ is
+largely a function of the query's own hidden state, and that is what the gate reads.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from configuration_gated import GatedLlamaConfig
+from gated_llama.diagnose import decoder_layers
+from gated_llama.errors import UserError
+from gated_llama.gates import gate_values
+from gated_llama.sinks.layers import Attended, attend, embed, rotary_of, sink_tokens, state_lengths
+
+
+LEAST_GATE = 1e-3  # of its scale that a gate is asked to be; to be shut further would change nothing
+HIDDEN = 16.0  # so many times below the size of states is a sink token in a channel that hides it
+STEEPEST = 1 / 4  # slope of a sigmoid: an error of its logit is one of at most this share in its value
+MARGIN = 2.0  # nats by which a sink's key is to be less attractive than the mean of the others
+HEAVIEST = 10.0  # times their median are the weights of a gate's fit capped: a few tokens else have most of it
+OUTPUT_RIDGE = 1e-2  # of the regression of `o_proj`, which has weights to keep near to
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "attn_gate.proj")
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """What was found in a head on the text it was judged by, and whether its sink was moved. Means are over queries."""
+
+    layer: int
+    head: int
+    sink: float  # mean p₀ before
+    sink_left: float  # … and after
+    value_size: float  # |v₀| over the mean |v| of the other tokens
+    error: float  # mean square of what the edit changes in the head's output, as a share of its mean square
+    error_ungated: float  # the same with the gate left open, which is what the gate has to make good
+    moved: bool
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What `move_sinks` did. Losses are in nats a token, on windows that nothing was fitted on."""
+
+    heads: list[HeadFit]
+    loss_before: float
+    loss_after: float
+    undone: list[int]  # layers left as they were because all together would have cost more than they may
+
+    def __str__(self) -> str:
+        moved = sum(fit.moved for fit in self.heads)
+        undone = f"; undone to keep the budget: layers {', '.join(map(str, self.undone))}" if self.undone else ""
+        return (
+            f"moved the sinks of {moved} of {len(self.heads)} heads: loss {self.loss_before:.4f} -> "
+            f"{self.loss_after:.4f} ({self.loss_after / self.loss_before - 1:+.2%}){undone}"
+        )
+
+
+@dataclass(frozen=True)
+class MoveSettings:
+    """
+    How to move sinks.
+
+    Attributes:
+        max_loss: the share by which the loss may rise, on windows that were not fitted on.
+        min_sink: mean p₀ from which on a head has a sink.
+        max_error: of what a head puts out (see [`HeadFit.error`]); a key head whose query heads change more on windows
+            that were not fitted on stays as it was.
+        values: shift the values by those of the sinks, which takes biases of `v_proj` and `o_proj`.
+        outputs: let `o_proj` make good what it can of the rest, by a regression.
+        held_out: share of the windows that nothing is fitted on.
+        ridge: of all regressions, as a share of the inputs' mean square. The smaller, the less other keys change, and
+            the larger the weights that the edit writes.
+        batch_size: windows at once.
+    """
+
+    max_loss: float = 0.1
+    min_sink: float = 0.05
+    max_error: float = 0.5
+    values: bool = True
+    outputs: bool = True
+    held_out: float = 0.125
+    ridge: float = 1e-3
+    batch_size: int = 8
+
+
+@torch.no_grad()
+def move_sinks(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    settings: MoveSettings | None = None,
+    *,
+    sinks: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Moved:
+    """
+    Edit `model` in place, a layer at a time, each on what the edited ones before it put out: sink tokens no longer
+    attract, by a rank-one edit of `k_proj`, and `attn_gate` does what they did, by a regression on what it reads. What
+    is fitted is what the layer put out before anything was edited. It takes no gradient through the model and about
+    three plain forwards of `windows`; key heads without a sink, or whose gates would not fit, compute what they did.
+
+    Args:
+        windows: token ids (B, T) without padding, of the texts that the model is for, beginning as these do; many more
+            tokens than `hidden_size`.
+        sinks: which tokens each layer meets as sinks (L, B, T); found if None, which takes one forward more.
+        device: where a layer is put for its turn, with the states of all windows (twice, in fp32); the model's own if
+            None.
+
+    Raises:
+        UserError: the model's gates cannot be written, its layers cannot be edited, or no token is a sink.
+    """
+    settings = settings or MoveSettings()
+    _check(model, windows)
+    model.eval()
+    device = torch.device(device or model.device)
+    if sinks is None:
+        sinks = sink_tokens(state_lengths(model, windows, batch_size=settings.batch_size, progress=progress))
+    sinks = sinks.to(device)
+    if not sinks.any():
+        raise UserError("no layer makes a token of this text massive, so there is no sink to move.")
+    add_biases(model, attention=settings.values)
+    judged = max(1, round(settings.held_out * len(windows)))  # the last windows
+    base = embed(model, windows, device)
+    edited, rotary = base.clone(), rotary_of(model, base)
+    fits, costs, before = [], [], []
+    layers = decoder_layers(model)
+    for number in tqdm(range(len(layers)), desc="moving sinks", unit=" layers", disable=not progress):
+        before.append(_editable(layers[number]))
+        with _placed(layers[number], device) as layer:
+            edit = _LayerEdit(layer, rotary, sinks[number], judged, settings)
+            fits += [HeadFit(number, *row) for row in edit.move(base, edited)]
+            base, edited = edit.states
+            costs.append(edit.cost)
+    losses = [_loss(model, states[-judged:], windows[-judged:]) for states in (base, edited)]
+    undone = []
+    if not losses[1] <= (1 + settings.max_loss) * losses[0]:
+        undone, losses[1] = _undo(model, windows[-judged:], before, costs, (1 + settings.max_loss) * losses[0])
+        fits = [replace(fit, moved=fit.moved and fit.layer not in undone) for fit in fits]
+    return Moved(fits, *losses, undone)
+
+
+def add_biases(model: PreTrainedModel, *, attention: bool = True) -> None:
+    """Give the gates, and q, k, v and o if `attention`, biases of zero where they have none."""
+    names = LINEARS if attention else LINEARS[-1:]
+    for layer in decoder_layers(model):
+        for linear in map(layer.self_attn.get_submodule, names):
+            if linear.bias is None:
+                linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
+    model.config.gate_bias = True
+    if attention:
+        model.config.attention_bias = model.config.attention_out_bias = True
+
+
+def _check(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    if model.config.model_type != GatedLlamaConfig.model_type:
+        raise UserError(f"a {model.config.model_type!r} model has no gates to move sinks into: convert it first.")
+    if model.config.gate_strength != 1:
+        raise UserError("the gates act at a part of their strength: call model.set_gate_strength(1) first.")
+    for number, layer in enumerate(decoder_layers(model)):
+        for name in LINEARS:
+            linear = layer.self_attn.get_submodule(name)
+            if type(linear) is not nn.Linear or not linear.weight.is_floating_point() or linear.weight.is_meta:
+                raise UserError(
+                    f"{name} of layer {number} is a {type(linear).__name__} that cannot be edited: merge adapters "
+                    "(merge_and_unload), and load the weights whole, without quantization or offloading."
+                )
+    if windows.ndim != 2 or len(windows) < 2 or windows.shape[1] < 3:
+        raise UserError(
+            f"windows of shape {tuple(windows.shape)} are too few or too short: take (B, T), B at least 2 and T 3."
+        )
+    if windows.numel() < 4 * model.config.hidden_size:
+        warnings.warn(
+            f"{windows.numel()} tokens are few for regressions on {model.config.hidden_size} channels, so other text "
+            f"will suffer: take {4 * model.config.hidden_size} or more.",
+            stacklevel=3,
+        )
+
+
+def _editable(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what an edit may change."""
+    return {name: value.clone() for name, value in layer.state_dict().items() if not name.startswith("mlp.")}
+
+
+@contextmanager
+def _placed(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """In the block the layer is on `device`, in fp32 or what is finer."""
+    weight = layer.self_attn.q_proj.weight
+    home, dtype = weight.device, weight.dtype
+    try:
+        yield layer.to(device, torch.promote_types(dtype, torch.float32))
+    finally:
+        layer.to(home, dtype)
+
+
+def _loss(model: PreTrainedModel, states: torch.Tensor, windows: torch.Tensor) -> float:
+    """Of the next tokens, from the states behind the last layer."""
+    head, norm, total = model.get_output_embeddings(), model.get_decoder().norm, 0.0
+    for rows, ids in zip(states, windows, strict=True):
+        logits = head(norm(rows[:-1].to(head.weight.device, head.weight.dtype))).float()
+        total += nn.functional.cross_entropy(logits, ids[1:].to(logits.device)).item()
+    return total / len(windows)
+
+
+def _undo(
+    model: PreTrainedModel, windows: torch.Tensor, before: list[dict], costs: list[float], most: float
+) -> tuple[list[int], float]:
+    """Give the fewest layers back what they were `before`, costliest first, with which the loss is `most` or less."""
+    layers, made = decoder_layers(model), [_editable(layer) for layer in decoder_layers(model)]
+    order = sorted((number for number, cost in enumerate(costs) if cost), key=lambda number: -costs[number])
+
+    def loss_without(count: int) -> float:
+        for place, number in enumerate(order):
+            layers[number].load_state_dict((before if place < count else made)[number], strict=False)
+        losses = [model(ids[None].to(model.device), labels=ids[None].to(model.device)).loss.item() for ids in windows]
+        return sum(losses) / len(losses)
+
+    low, high = 0, len(order)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if loss_without(middle) <= most else (middle, high)
+    return sorted(order[:high]), loss_without(high)
+
+
+class _LayerEdit:
+    """
+    The edit of one layer. `sinks` (B, T) are the tokens that are sinks to it; the last `judged` windows are those that
+    nothing is fitted on. Afterwards `states` are those that it puts out as it was, of states as they were, and as it
+    is, of those that the edited layers before it put out; `cost` is what the edit changes, as a share of them.
+    """
+
+    def __init__(self, layer: nn.Module, rotary: tuple, sinks: torch.Tensor, judged: int, settings: MoveSettings):
+        self.layer, self.attention, self.rotary, self.settings = layer, layer.self_attn, rotary, settings
+        self.sinks, self.fitted, self.judged = sinks, slice(0, len(sinks) - judged), slice(len(sinks) - judged, None)
+        self.groups = self.attention.num_key_value_groups
+        self.cost = 0.0
+
+    def move(self, base: torch.Tensor, edited: torch.Tensor) -> Iterator[tuple]:
+        """Of residual states (B, T, E): the fit of each head, as the fields of `HeadFit`."""
+        attention, gate, settings = self.attention, self.attention.attn_gate, self.settings
+        origin, seen = self.attend(base), self.attend(edited)
+        wanted = self.gated(gate_values(gate, origin.states), origin.outputs)  # (B, T, N, H)
+        out = attention.o_proj(wanted.flatten(2))
+        outputs = self.gated(gate_values(gate, seen.states), seen.outputs)
+        others = ~self.sinks
+        sink = 1 - origin.others[others].mean(0)  # (N)
+        left, errors, ungated = sink.clone(), torch.zeros_like(sink), torch.zeros_like(sink)
+        firsts = seen.values[self.fitted][self.sinks[self.fitted]]  # (sinks, K, H)
+        value = firsts.mean(0) if len(firsts) else torch.zeros_like(seen.values[0, 0])  # (K, H)
+        sizes = (value.norm(dim=1) / seen.values[others].norm(dim=2).mean(0)).repeat_interleave(self.groups)
+        good = torch.zeros_like(value[:, 0]).bool()
+        chosen = (sink.view(-1, self.groups) >= settings.min_sink).any(1) & bool(len(firsts))  # (K)
+        if chosen.any():
+            before = _editable(self.layer)
+            self.scale_hidden(seen)
+            self.edit_keys(seen, chosen)
+            now = self.attend(edited)
+            shift = value.repeat_interleave(self.groups, 0) * settings.values  # (N, H)
+            moved, target = now.outputs - shift, wanted - shift
+            weight, bias = self.fit_gates(now.states, moved, target)
+            shares = torch.sigmoid(now.states @ weight.T + bias)  # (B, T, N·G)
+            moved_gated = self.gated(gate.scale * shares, moved)
+            errors, ungated = (self.error(found, target, wanted) for found in (moved_gated, moved))
+            good = chosen & (errors.view(-1, self.groups) <= settings.max_error).all(1)
+            heads = good.repeat_interleave(self.groups)
+            self.keep(before, good, shift, weight, bias)
+            left = torch.where(heads, 1 - now.others[others].mean(0), sink)
+            outputs = torch.where(heads[:, None], moved_gated, outputs)
+            if good.any() and settings.outputs:
+                self.fit_outputs(outputs, out)
+        result = attention.o_proj(outputs.flatten(2))
+        if good.any():
+            change = (result - out)[self.judged][others[self.judged]].square().sum()
+            self.cost = (change / base[self.judged][others[self.judged]].square().sum()).item()
+        self.states = self.feed(base + out), self.feed(edited + result)
+        columns = (sink, left, sizes, errors, ungated, good.repeat_interleave(self.groups))
+        return zip(range(len(sink)), *(column.tolist() for column in columns), strict=True)
+
+    def attend(self, states: torch.Tensor) -> Attended:
+        size = self.settings.batch_size
+        parts = [
+            attend(self.layer, rows, self.rotary, sinks)
+            for rows, sinks in zip(states.split(size), self.sinks.split(size), strict=True)
+        ]
+        return Attended(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Attended)))
+
+    def feed(self, states: torch.Tensor) -> torch.Tensor:
+        """The layer's MLP."""
+        mlp, norm = self.layer.mlp, self.layer.post_attention_layernorm
+        return torch.cat([rows + mlp(norm(rows)) for rows in states.split(self.settings.batch_size)])
+
+    def gated(self, gates: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        return gates.unflatten(2, (outputs.shape[2], -1)) * outputs
+
+    def error(self, found: torch.Tensor, target: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """By how much heads miss their `target` where nothing was fitted, as a share of what they put out, (N)."""
+        missed, size = (x[self.judged].square().sum((0, 1, 3)) for x in (found - target, wanted))
+        return missed / size.clamp_min(1e-12)
+
+    def scale_hidden(self, seen: Attended) -> None:
+        """
+        Bring channels up in which sinks have more than any other token and still next to nothing, by a power of two in
+        the norm's weight that is taken back in what reads it. A model may make a sink by hiding it behind norm weights
+        near zero: then its key is 0 while other logits are far below. To write another key for what is left of its
+        state takes weights of hundreds, which int8 and bf16 make ill use of.
+        """
+        first, rest = seen.states[self.sinks].abs().mean(0), seen.states[~self.sinks].abs()  # (E), (tokens, E)
+        hidden = (first > 0) & (first >= rest.amax(0)) & (first * HIDDEN <= rest.square().mean().sqrt())
+        scale = torch.where(hidden, (rest.max() / first).log2().floor().exp2(), 1)
+        self.scale = scale
+        self.layer.input_layernorm.weight *= scale
+        for name in ("q_proj", "k_proj", "v_proj", "attn_gate.proj"):
+            self.attention.get_submodule(name).weight /= scale
+        seen.states = seen.states * scale
+
+    def edit_keys(self, seen: Attended, chosen: torch.Tensor) -> None:
+        """
+        Give sinks another key in the `chosen` (K) key heads: W − (W x₀ − y)·uᵀ makes the state x₀ into y. Of all u with
+        u·x₀ = 1 the one is taken that is smallest on other tokens' states.
+        """
+        linear = self.attention.k_proj
+        states, sinks = seen.states[self.fitted].double(), self.sinks[self.fitted]
+        first, rest = states[sinks].mean(0), states[~sinks]
+        direction = torch.linalg.solve(_with_ridge(rest.T @ rest / len(rest), self.settings.ridge), first)
+        direction = direction / (direction @ first)  # (E)
+        key = linear.weight.double() @ first + (0 if linear.bias is None else linear.bias.double())
+        key = key.view(-1, self.attention.head_dim)  # (K, H)
+        wanted = self.fitted_key(seen, len(key))
+        if self.is_normed:  # a norm leaves the direction only: keep to the old length
+            wanted = wanted / self.attention.k_norm.weight.double()
+            wanted = wanted * key.norm(dim=1, keepdim=True) / wanted.norm(dim=1, keepdim=True)
+        change = torch.where(chosen[:, None], wanted - key, 0).flatten()
+        linear.weight.copy_(linear.weight.double() + torch.outer(change, direction))
+
+    @property
+    def is_normed(self) -> bool:
+        return not isinstance(self.attention.k_norm, nn.Identity)
+
+    def fitted_key(self, seen: Attended, key_heads: int) -> torch.Tensor:
+        """
+        The key (K, H), before it is rotated, whose logit comes nearest to the mean (in the exponential) of a query's
+        logits at the keys that are no sinks, less `MARGIN`, for all query heads that share it: of the length that a key
+        norm gives it, if there is one. The queries are those behind the first sink of each window.
+        """
+        sinks = self.sinks[self.fitted]
+        rows = sinks.any(1)
+        sinks, places = sinks[rows], torch.arange(sinks.shape[1], device=sinks.device)
+        first = sinks.int().argmax(1)  # (B)
+        queries, logits = seen.queries[self.fitted][rows], seen.logits[self.fitted][rows]
+        cos, sin = (table[0, first][:, None] for table in self.rotary)  # (B, 1, H)
+        # As a key before its rotation meets them.
+        queries = apply_rotary_pos_emb(queries, queries, cos, -sin, unsqueeze_dim=2)[0].double()
+        seen_others = (~sinks).cumsum(1)  # (B, T)
+        reach = self.attention.sliding_window or len(places)
+        meeting = (places > first[:, None]) & (places - first[:, None] < reach) & ~sinks & (seen_others > 0)
+        targets = logits.double() - seen_others.clamp_min(1).clamp_max(reach).log()[..., None] - MARGIN  # (B, T, N)
+        inputs = (queries * self.attention.scaling)[meeting].unflatten(1, (key_heads, -1))  # (M, K, N/K, H)
+        inputs = inputs.transpose(0, 1).flatten(1, 2)  # (K, M', H)
+        targets = targets[meeting].unflatten(1, (key_heads, -1)).transpose(0, 1).flatten(1)  # (K, M')
+        scale = self.attention.k_norm.weight.double() if self.is_normed else torch.ones_like(inputs[0, 0])  # (H)
+        inputs = inputs * scale
+        values, vectors = torch.linalg.eigh(inputs.mT @ inputs)  # (K, H), (K, H, H)
+        products = (vectors.mT @ (inputs.mT @ targets[:, :, None])).squeeze(2)  # (K, H)
+        penalty = self.settings.ridge * values.mean(1, keepdim=True)
+        if self.is_normed:  # the larger the penalty, the shorter the key: halve the span in which the right one lies
+            low, high = penalty, 1e12 * penalty
+            for _ in range(100):
+                penalty = (low * high).sqrt()
+                long = (products / (values + penalty)).norm(dim=1, keepdim=True) > scale.numel() ** 0.5
+                low, high = torch.where(long, penalty, low), torch.where(long, high, penalty)
+        return (vectors @ (products / (values + penalty))[:, :, None]).squeeze(2) * scale
+
+    def fit_gates(
+        self, states: torch.Tensor, outputs: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Weight (N·G, E) and bias (N·G) of the gates of `states` (B, T, E) with which heads that put out `outputs` come
+        nearest to the `target`, both (B, T, N, H): least squares, first of the gates' logits, which has a solution in
+        closed form, and from there of what is put out, in which no token may have more weight than `HEAVIEST` medians.
+        """
+        gate = self.attention.attn_gate
+        outputs, target = (x[self.fitted].flatten(0, 1) for x in (outputs, target))  # (M, N, H)
+        products, sizes = outputs * target, outputs.square()
+        if gate.values_per_head == 1:
+            products, sizes = products.sum(2, keepdim=True), sizes.sum(2, keepdim=True)
+        products, sizes = products.flatten(1), sizes.flatten(1)  # (M, N·G)
+        targets = (products / sizes.clamp_min(1e-12) / gate.scale).clamp(LEAST_GATE, 1 - LEAST_GATE)
+        sizes = sizes.minimum(HEAVIEST * sizes.median(0).values)
+        sizes = sizes / sizes.mean(0).clamp_min(1e-12)
+        precise = states.dtype
+        logits = targets.logit()
+
+        inputs = states[self.fitted].flatten(0, 1).double()  # (M, E)
+        mean = inputs.mean(0)
+        inputs = inputs - mean
+        penalty = self.settings.ridge * inputs.square().mean().item()
+        # White inputs, of mean square 1 in all directions, are what L-BFGS is quick on.
+        root = torch.linalg.cholesky(_with_ridge(inputs.T @ inputs / len(inputs), self.settings.ridge))
+        white = torch.linalg.solve_triangular(root, inputs.T, upper=False).T.to(precise)  # (M, E)
+        upper = root.T.to(precise)
+        centre = (sizes * logits).mean(0)
+        weight = (white.T @ (sizes * (logits - centre)) / len(white)).requires_grad_()  # (E, N·G)
+        bias = centre.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, history_size=20, line_search_fn="strong_wolfe")
+
+        def error() -> torch.Tensor:
+            optimizer.zero_grad()
+            errors = (sizes * (torch.sigmoid(white @ weight + bias) - targets).square()).mean(0).sum()
+            written = torch.linalg.solve_triangular(upper, weight, upper=True)
+            value = errors + STEEPEST**2 * penalty * written.square().sum()  # the same ridge as that of the logits
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(error)
+        written = torch.linalg.solve_triangular(upper, weight.detach(), upper=True)
+        bias = bias.detach() - mean.to(precise) @ written
+        return written.T.to(states.dtype), bias.to(states.dtype)
+
+    def keep(
+        self, before: dict, good: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> None:
+        """Write gates and shifted values of the `good` (K) key heads; give the others back what they had."""
+        attention, gate = self.attention, self.attention.attn_gate.proj
+        if not good.any():
+            self.layer.load_state_dict(before, strict=False)
+            return
+        rows = good.repeat_interleave(attention.head_dim)
+        old = before["self_attn.k_proj.weight"]
+        attention.k_proj.weight.copy_(torch.where(rows[:, None], attention.k_proj.weight, old / self.scale))
+        if self.settings.values:
+            shift = shift * good.repeat_interleave(self.groups)[:, None]
+            attention.v_proj.bias -= shift[:: self.groups].flatten()
+            attention.o_proj.bias += attention.o_proj.weight @ shift.flatten()
+        rows = good.repeat_interleave(len(bias) // len(good))
+        gate.weight[rows], gate.bias[rows] = weight[rows], bias[rows]
+
+    def fit_outputs(self, outputs: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Let `o_proj` make of gated `outputs` (B, T, N, H) what was `wanted` (B, T, E), as near as it helps."""
+        linear, others = self.attention.o_proj, ~self.sinks
+        inputs = outputs.flatten(2)
+
+        def missed(rows: slice) -> torch.Tensor:
+            return (wanted - linear(inputs))[rows][others[rows]]
+
+        read, left = inputs[self.fitted][others[self.fitted]].double(), missed(self.fitted).double()
+        mean, error = read.mean(0), missed(self.judged).square().sum()
+        centred = read - mean if linear.bias is not None else read
+        change = torch.linalg.solve(
+            _with_ridge(centred.T @ centred / len(read), OUTPUT_RIDGE), centred.T @ left / len(read)
+        ).T
+        before = {name: value.clone() for name, value in linear.state_dict().items()}
+        linear.weight += change.to(linear.weight)
+        if linear.bias is not None:
+            linear.bias += (left.mean(0) - change @ mean).to(linear.bias)
+        if missed(self.judged).square().sum() > error:
+            linear.load_state_dict(before)
+
+
+def _with_ridge(second: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The mean square `second` (E, E) of some vectors, with `ridge` times the mean of its diagonal added to that."""
+    second = second.clone()
+    second.diagonal().add_(ridge * second.diagonal().mean())
+    return second

@@ -1,0 +1,63 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Move a checkpoint's attention sink into gates, and calm its massive activations.
+
+Three steps, each measured on held-out text: all layers are distilled from the base with a penalty on massive states;
+keys, values and gates are fitted so that no head needs its sink; the gates are distilled once more. The output appears
+only if the loss rose by no more than --max-loss.
+"""
+
+import argparse
+import sys
+
+from gated_llama.scripts.cli import add_writing_arguments
+
+
+def share(value: str) -> float:
+    return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a plain or gated checkpoint, a folder or the id of a Hub repository")
+    parser.add_argument("output", help="the folder to write")
+    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text, as finetune's --data")
+    parser.add_argument("--calm-only", action="store_true", help="leave the sink: only calm massive activations")
+    parser.add_argument("--max-loss", type=share, default=0.01, help="by how much the loss may rise (default: 1%%)")
+    parser.add_argument("--calm-tokens", type=int, default=196_608, help="for the first step (default: 196608)")
+    parser.add_argument("--move-tokens", type=int, default=65_536, help="for the second step (default: 65536)")
+    parser.add_argument("--heal-tokens", type=int, default=98_304, help="for the third step (default: 98304)")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row (default: 256)")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a training step (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of text (default: 0)")
+    parser.add_argument("--device", help="such as cuda (default: a GPU if there is one)")
+    add_writing_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from gated_llama.sinks.recipe import DesinkSettings, desink_checkpoint
+
+    names = ("calm_only", "max_loss", "calm_tokens", "move_tokens", "heal_tokens", "length", "batch_size", "seed")
+    result = desink_checkpoint(
+        args.model,
+        args.text,
+        args.output,
+        DesinkSettings(**{name: getattr(args, name) for name in names}),
+        revision=args.revision,
+        device=args.device,
+        force=args.force,
+        progress=not args.quiet,
+        announce=(lambda line: None) if args.quiet else lambda line: print(line, file=sys.stderr),
+    )
+    if args.json:
+        print(result.to_json())
+    elif not args.quiet:
+        rows = [("", "before", "after"), *result.rows()]
+        wide = [max(len(row[column]) for row in rows) for column in range(3)]
+        for name, *values in rows:
+            print(f"{name:<{wide[0]}}  {values[0]:>{wide[1]}}  {values[1]:>{wide[2]}}")
+        print(f"{result.source} -> {result.output}: {result.verdict()}")
+
+
+if __name__ == "__main__":
+    from gated_llama.scripts.cli import run_alone
+
+    sys.exit(run_alone(sys.modules[__name__]))

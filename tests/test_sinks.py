@@ -1,0 +1,414 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Sinks found, moved into gates, calmed: heads made so that the edit must be exact, budgets, and the whole command."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from gated_llama import gated_lora_config
+from gated_llama.attention import watched
+from gated_llama.errors import UserError
+from gated_llama.scripts.cli import main
+from gated_llama.sinks.distil import DistilSettings, distil
+from gated_llama.sinks.judge import judge, last_tokens, losses, quantized
+from gated_llama.sinks.layers import Lengths, sink_tokens, state_lengths
+from gated_llama.sinks.move import MoveSettings, _LayerEdit, add_biases, move_sinks
+from modeling_gated import GatedLlamaForCausalLM
+from tiny import gated_model, published, source_model, tiny_tokenizer, token_ids
+
+
+TOKENS = 17
+KINDS = 2  # tokens that may stand at each place but a sink's
+EXACT = MoveSettings(ridge=1e-12, max_error=0.05, min_sink=0.1, outputs=False)
+VARIANTS = {
+    "headwise": {},
+    "elementwise": {"gate_type": "elementwise"},
+    "a key head each": {"num_key_value_heads": 6},
+    "one key head": {"num_key_value_heads": 1},
+    "QK norm": {"use_qk_norm": True},
+    "biases": {"attention_bias": True},
+    "trained gates": {"trained": True, "gate_bias": True},
+}
+PLACES = {"first": [0], "in the middle": [5], "two": [0, 7]}
+
+
+def windows(places=(0,), count: int = 40) -> torch.Tensor:
+    """Token 0 is the sink, and any other tells its place: so whatever depends on the place depends on the token."""
+    kinds = torch.randint(KINDS, (count, TOKENS), generator=torch.Generator().manual_seed(2))
+    ids = 1 + KINDS * torch.arange(TOKENS) + kinds
+    ids[:, list(places)] = 0
+    return ids
+
+
+def sinks_of(ids: torch.Tensor, layers: int = 1) -> torch.Tensor:
+    return (ids == 0).expand(layers, -1, -1)
+
+
+@torch.no_grad()
+def with_sinks(attraction: float = 1.5, hidden: bool = False, **fields) -> GatedLlamaForCausalLM:
+    """
+    One layer in fp64, with fewer tokens than channels. Keys tell the sink from the others and no more, so p₀ is a
+    function of the query's token, and the edit must be exact. Hidden, the sink has a channel of its own, which the norm
+    nearly takes away, and it is the other keys that repel.
+    """
+    fields = {"trained": False, "vocab_size": 1 + KINDS * TOKENS, "pad_token_id": None, **fields}
+    model = gated_model(GatedLlamaForCausalLM, num_hidden_layers=1, **fields).double()
+    layer, attention = model.model.layers[0], model.model.layers[0].self_attn
+    if hidden:
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[0] = torch.eye(model.config.hidden_size)[0]
+        layer.input_layernorm.weight[0] = 1e-4
+    states = layer.input_layernorm(model.model.embed_tokens.weight)  # (V, E)
+    is_sink = torch.arange(len(states)) == 0
+    # Their products with a state are 1 if it is the sink's, and 1 if it is another's; else 0.
+    sink, other = (torch.linalg.pinv(states) @ torch.stack([is_sink, ~is_sink], dim=1).double()).unbind(1)
+    attract = torch.zeros(attention.head_dim).double()
+    attract[attention.head_dim // 2 - 1] = attraction * attention.head_dim**0.25  # a slow channel, which hardly rotates
+    attention.q_proj.weight += torch.outer(attract.repeat(attention.config.num_attention_heads), other)
+    keys = attract.repeat(attention.config.num_key_value_heads)
+    attention.k_proj.weight.copy_(torch.outer(-keys, other) if hidden else torch.outer(keys, sink))
+    return model
+
+
+def moved(model, places=(0,), settings=EXACT):
+    return move_sinks(model, windows(places), settings, sinks=sinks_of(windows(places)))
+
+
+def difference(one: torch.nn.Module, other: torch.nn.Module, places=(0,)) -> float:
+    ids = windows(places, 10)
+    return (one(ids).logits - other(ids).logits).abs().max().item()
+
+
+@torch.no_grad()
+def without(model, part: str, was) -> torch.nn.Module:
+    """`model` with one linear as it was before; a bias that it had not is zero."""
+    model = copy.deepcopy(model)
+    old = dict(was.model.layers[0].self_attn.get_submodule(part).named_parameters())
+    for name, parameter in model.model.layers[0].self_attn.get_submodule(part).named_parameters():
+        parameter.copy_(old.get(name, torch.zeros_like(parameter)))
+    return model
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_the_model_computes_what_it_did(variant, places):
+    # What a gate lets pass of a shifted value is no constant where gates were trained: there values stay.
+    settings = replace(EXACT, values=variant != "trained gates")
+    model = with_sinks(**VARIANTS[variant])
+    if variant == "trained gates":
+        layer = model.model.layers[0]
+        sink = torch.linalg.pinv(layer.input_layernorm(model.model.embed_tokens.weight))[:, 0]
+        layer.self_attn.v_proj.weight -= torch.outer(
+            layer.self_attn.v_proj(layer.input_layernorm(model.model.embed_tokens.weight[0])), sink
+        )
+    before = copy.deepcopy(model)
+    found = moved(model, places, settings)
+    assert all(fit.moved and fit.error < 0.05 for fit in found.heads)
+    assert all(fit.sink_left < fit.sink / 2 and fit.error_ungated > 30 * fit.error for fit in found.heads)
+    changed = difference(model, before, places)
+    assert found.loss_after == pytest.approx(found.loss_before, abs=0.05) and not found.undone
+    # No part of it does it alone.
+    for part in ("k_proj", "attn_gate.proj", *(["v_proj", "o_proj"] if settings.values else [])):
+        assert difference(without(model, part, before), before, places) > 4 * changed, part
+
+
+@torch.no_grad()
+def test_a_head_is_a_mixture_of_its_sinks_value_and_of_the_rest():
+    model = gated_model(GatedLlamaForCausalLM).double()
+    seen, values = {}, {}
+    for n, layer in enumerate(model.model.layers):
+        layer.self_attn.v_proj.register_forward_hook(lambda m, i, output, n=n: values.update({n: output}))
+    with watched(model, lambda layer, start, first, weights, output: seen.update({layer: (weights.double(), output)})):
+        model(token_ids())
+    for layer, (weights, output) in seen.items():
+        value = values[layer].unflatten(2, (2, -1)).repeat_interleave(3, 2).transpose(1, 2)  # (B, N, T, H)
+        share, sink = weights[:, :, 1:, :1], value[:, :, :1]
+        rest = weights[:, :, 1:, 1:] / weights[:, :, 1:, 1:].sum(3, keepdim=True) @ value[:, :, 1:]
+        torch.testing.assert_close((1 - share) * (rest - sink) + sink, output[:, :, 1:], rtol=0, atol=1e-5)
+        assert (rest - output[:, :, 1:]).abs().max() > 1e-2
+
+
+def lengths_of(states: torch.Tensor) -> Lengths:
+    return Lengths(states, states)
+
+
+def test_sinks_are_tokens_that_layers_make_massive_wherever_they_stand():
+    states = torch.ones(4, 3, 30)
+    states[1:3, 0, 0] = 100.0  # written by the second layer, taken away by the last
+    states[1:3, 1, 11] = 50.0
+    states[1, 1, 12] = 20.0  # no sink to the last layer
+    found = sink_tokens(lengths_of(states))
+    assert [layer.nonzero().tolist() for layer in found] == [
+        [[0, 0], [1, 11], [1, 12]],  # none is massive yet: those that come
+        [[0, 0], [1, 11], [1, 12]],
+        [[0, 0], [1, 11], [1, 12]],
+        [[0, 0], [1, 11]],
+    ]
+    assert not sink_tokens(lengths_of(torch.ones(4, 3, 30))).any()
+
+
+@torch.no_grad()
+def test_a_text_without_sinks_is_refused_before_any_edit():
+    model = gated_model(GatedLlamaForCausalLM)
+    before = copy.deepcopy(model)
+    with pytest.raises(UserError, match="no sink to move"):
+        move_sinks(model, token_ids(12, 20))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_a_sink_that_the_norm_hides_takes_no_large_weights(monkeypatch):
+    model = with_sinks(hidden=True)
+    largest = {}
+    for name in ("scaled", "left hidden"):
+        edited = copy.deepcopy(model)
+        assert all(fit.moved and fit.sink > 0.3 for fit in moved(edited).heads)
+        largest[name] = edited.model.layers[0].self_attn.k_proj.weight.abs().max().item()
+        monkeypatch.setattr("gated_llama.sinks.move.HIDDEN", 1e30)
+    assert largest["scaled"] < 10 and largest["left hidden"] > 1e3
+
+
+@torch.no_grad()
+def test_scaled_channels_change_nothing_that_is_computed():
+    model = with_sinks(hidden=True)
+    before, ids = copy.deepcopy(model), windows()
+    edit = _LayerEdit(model.model.layers[0], (), sinks_of(ids)[0], 1, EXACT)
+    seen = type("Seen", (), {"states": model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))})
+    edit.scale_hidden(seen)
+    assert edit.scale[0] > 100 and difference(model, before) == 0
+    model.model.layers[0].self_attn.v_proj.weight *= edit.scale  # without what reads them they do
+    assert difference(model, before) > 0
+
+
+@torch.no_grad()
+def test_heads_without_a_sink_or_a_fit_stay_as_they_are():
+    model = with_sinks()
+    keys = model.model.layers[0].self_attn.k_proj.weight
+    keys[6:] = -keys[6:]  # the second key head repels
+    before = copy.deepcopy(model)
+    found = moved(model)
+    assert [fit.moved for fit in found.heads] == [True] * 3 + [False] * 3
+    attention, was = model.model.layers[0].self_attn, before.model.layers[0].self_attn
+    assert torch.equal(attention.k_proj.weight[6:], was.k_proj.weight[6:])
+    assert torch.equal(attention.attn_gate.proj.weight[3:], was.attn_gate.proj.weight[3:])
+    assert not attention.v_proj.bias[6:].any() and attention.v_proj.bias[:6].any()
+    for part in ("k_proj.weight", "attn_gate.proj.weight"):
+        assert not torch.equal(attention.get_parameter(part), was.get_parameter(part))
+    unfit = with_sinks()
+    found = moved(unfit, settings=replace(EXACT, ridge=1e3, max_error=0.01))  # such a ridge fits nothing
+    assert not any(fit.moved for fit in found.heads) and difference(unfit, with_sinks()) == 0
+
+
+@torch.no_grad()
+def test_layers_are_undone_until_the_budget_is_kept():
+    """Heads of a random model have no sinks, so that to move them ruins what it says: how far, a budget decides."""
+    model = gated_model(GatedLlamaForCausalLM, trained=False)
+    model.lm_head.weight *= 10
+    ids = model.generate(token_ids(24, 4), max_length=20, min_length=20, do_sample=False)
+    sinks = torch.zeros(3, *ids.shape, dtype=torch.bool)
+    sinks[:, :, 0] = True
+    settings = MoveSettings(min_sink=0.0, max_error=1e9, max_loss=1e9, ridge=10.0)
+    free = move_sinks(copy.deepcopy(model), ids, settings, sinks=sinks)
+    cost = free.loss_after / free.loss_before - 1
+    assert cost > 1e-3 and all(fit.moved for fit in free.heads) and not free.undone
+    for budget in (0.5 * cost, 0.0):
+        edited = copy.deepcopy(model)
+        found = move_sinks(edited, ids, replace(settings, max_loss=budget), sinks=sinks)
+        assert found.undone and found.loss_after <= (1 + budget) * found.loss_before + 1e-6
+        assert {fit.layer for fit in found.heads if fit.moved} == {0, 1, 2} - set(found.undone)
+        held_out = ids[-3:]
+        assert losses(edited, held_out).mean().item() == pytest.approx(found.loss_after, abs=1e-5)
+    assert len(found.undone) == 3 and "undone" in str(found)
+
+
+@torch.no_grad()
+def test_sliding_windows_depth_and_dtypes():
+    for dtype in (torch.float32, torch.bfloat16):
+        model = gated_model(
+            GatedLlamaForCausalLM,
+            sliding_window=7,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ).to(dtype)
+        ids = token_ids(8, 40)
+        sinks = torch.zeros(3, 8, 40, dtype=torch.bool)
+        sinks[:, torch.arange(8), torch.arange(8)] = True
+        found = move_sinks(model, ids, MoveSettings(min_sink=0.01, max_error=9, max_loss=9), sinks=sinks)
+        assert len(found.heads) == 18 and sum(fit.moved for fit in found.heads) > 6
+        assert all(torch.tensor([fit.sink, fit.sink_left, fit.error]).isfinite().all() for fit in found.heads)
+        assert model.dtype == dtype and model(token_ids()).logits.isfinite().all()
+        assert model.config.attention_bias and model.config.attention_out_bias and model.config.gate_bias
+
+
+def test_what_cannot_be_done_is_said():
+    ids = token_ids()
+    with pytest.raises(UserError, match="convert it first"):
+        move_sinks(source_model(), ids)
+    model = gated_model(GatedLlamaForCausalLM)
+    for few in (ids[:, :2], ids[:1]):
+        with pytest.raises(UserError, match="B at least 2"):
+            move_sinks(model, few)
+    with (
+        pytest.warns(UserWarning, match="51 tokens are few .* take 144 or more"),
+        pytest.raises(UserError, match="no sink"),
+    ):
+        move_sinks(copy.deepcopy(model), ids)
+    with pytest.raises(UserError, match="merge adapters"):
+        move_sinks(get_peft_model(copy.deepcopy(model), gated_lora_config(r=2)), ids)
+    model.set_gate_strength(0.5)
+    with pytest.raises(UserError, match="set_gate_strength"):
+        move_sinks(model, ids)
+
+
+@torch.no_grad()
+def with_massive_tokens() -> GatedLlamaForCausalLM:
+    """Token 1, with which texts begin, is a thousand times as long as others from the embedding on."""
+    model = gated_model(GatedLlamaForCausalLM, trained=False)
+    model.model.embed_tokens.weight[1] *= 1000
+    return model
+
+
+def test_distillation_learns_from_the_base_and_calms_what_is_massive():
+    base, ids = with_massive_tokens(), token_ids(400, 20)
+    ids[:, 0] = 1
+    lengths = state_lengths(base, ids)
+    assert sink_tokens(lengths)[:, :, 0].all()
+    massive, given = {}, {}
+    for penalty in (0.1, 0.0):
+        model = copy.deepcopy(base)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.attn_gate.proj.weight.normal_(0, 0.3)
+        found = distil(model, base, ids, lengths, DistilSettings("layers", lr=1e-2, gate_lr=2e-2, penalty=penalty))
+        massive[penalty] = state_lengths(model, ids).states[:, :, 0].mean().item()
+        given[penalty] = [sum(loss for loss, _ in part) / len(part) for part in (found[:4], found[-4:])]
+    assert given[0.0][1] < 0.7 * given[0.0][0]
+    assert massive[0.1] < 0.8 * massive[0.0]
+
+
+@pytest.mark.parametrize("train", ["gates", "layers"])
+def test_distillation_trains_what_it_says_and_nothing_else(train):
+    base, ids = with_massive_tokens(), token_ids(8, 20)
+    model = copy.deepcopy(base)
+    add_biases(model)
+    before = copy.deepcopy(model.state_dict())
+    distil(model, base, ids, state_lengths(base, ids), DistilSettings(train, frozen=("q_proj",), penalty=0.1))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed} == {"model"} and not any("embed" in name for name in changed)
+    quick = {name for name in changed if "attn_gate" in name or name.endswith(("v_proj.bias", "o_proj.bias"))}
+    assert quick and (changed == quick) == (train == "gates") and not any("q_proj" in name for name in changed)
+
+
+@torch.no_grad()
+def test_a_judgement_of_a_model_that_looks_at_its_first_token_alone():
+    model = gated_model(GatedLlamaForCausalLM, num_hidden_layers=1).double()
+    ids = token_ids(6, 130)
+    uniform = judge(model, ids, ids, batch_size=4)
+    assert uniform.first_token < 0.2 and uniform.sink_rate < 0.9
+    sinking = with_sinks(attraction=40.0)
+    ids = torch.randint(1, sinking.config.vocab_size, (6, 130), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 0
+    found = judge(sinking, ids, ids, batch_size=4)
+    assert found.first_token > 0.95 and found.most_attended > 0.95 and found.sink_rate == 1
+    assert abs(found.short_window_and_first) < 1e-3 < abs(found.short_window)
+    assert found.loss == pytest.approx(losses(sinking, ids).mean().item())
+    assert found.m_act == pytest.approx(
+        sinking(ids, output_hidden_states=True).hidden_states[0].new_tensor(found.m_act)
+    )
+
+
+@torch.no_grad()
+def test_quantization_is_simulated_as_said():
+    model, ids = gated_model(GatedLlamaForCausalLM), token_ids(6, 130)
+    model.model.layers[1].mlp.down_proj.weight[3] *= 50  # one channel of the states, of all tokens, is large
+    before = copy.deepcopy(model.state_dict())
+    cost = {}
+    for how in ("dynamic per tensor", "static per tensor", "per token"):
+        for bits in (4, 8, 16):
+            with quantized(model, how, ids, bits):
+                cost[how, bits] = (losses(model, ids, batch_size=6) - losses_of(before, ids)).abs().mean().item()
+        assert cost[how, 16] < cost[how, 8] < cost[how, 4]
+    assert cost["per token", 8] < cost["dynamic per tensor", 8]
+    with quantized(model, "static per tensor", ids), quantized(model, "dynamic per tensor", ids):
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert cost["static per tensor", 8] == pytest.approx(cost["dynamic per tensor", 8], rel=0.5)
+
+
+def losses_of(weights: dict, ids: torch.Tensor) -> torch.Tensor:
+    model = gated_model(GatedLlamaForCausalLM)
+    model.load_state_dict(weights)
+    return losses(model, ids, batch_size=6)
+
+
+def test_last_tokens_and_the_first():
+    assert last_tokens(4, 2).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert last_tokens(4, 2, and_first=True).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+
+
+SMALL = ["--calm-tokens", "512", "--move-tokens", "2048", "--heal-tokens", "256", "--length", "128", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A plain checkpoint whose beginning-of-text token is massive, and text in its words."""
+    folder = tmp_path_factory.mktemp("desink")
+    model = source_model(max_position_embeddings=256)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] *= 1000
+    published(folder / "plain", model, dtype=torch.bfloat16)
+    tiny_tokenizer().save_pretrained(folder / "plain")
+    words = "the grumpy cat sat on the mat, which was red. "
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": words * (3 + number % 5)}) + "\n" for number in range(120))
+    )
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, capsys):
+    from transformers import AutoModelForCausalLM
+
+    arguments = [str(plain / "plain"), str(plain / "out"), "--text", str(plain / "text.jsonl"), *SMALL, "--json"]
+    assert main(["desink", *arguments, "--max-loss", "900%"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [step["name"] for step in result["steps"]] == ["calmed", "moved", "healed"]
+    model = AutoModelForCausalLM.from_pretrained(plain / "out", dtype="auto")
+    assert model.dtype == torch.bfloat16 and model.config.attention_out_bias and model.config.gate_bias
+    card = (plain / "out" / "README.md").read_text()
+    assert "gated-llama desink plain out --text text.jsonl" in card and "| moved | 2,048 |" in card
+    assert str(plain) not in card
+    assert not list(plain.glob(".*")) and not (plain / "out" / ".gated").exists()
+    # What was measured last is what was saved.
+    assert result["steps"][-1]["judgement"]["loss"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_a_budget_that_is_not_kept_leaves_nothing(plain, capsys, monkeypatch):
+    def ruin(model, *args, **kwargs):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(-5)
+        return []
+
+    monkeypatch.setattr("gated_llama.sinks.recipe.distil", ruin)
+    arguments = [str(plain / "plain"), str(plain / "none"), "--text", str(plain / "text.jsonl"), *SMALL]
+    assert main(["desink", *arguments, "--calm-only"]) == 1
+    assert "may rise by 1.00%" in capsys.readouterr().err
+    assert not (plain / "none").exists() and not list(plain.glob(".*"))
+
+
+def test_the_command_refuses_in_a_sentence(plain, capsys):
+    (plain / "short.txt").write_text("the cat. " * 20)
+    for arguments, said in (
+        ([str(plain / "text.jsonl")], ""),
+        ([str(plain / "short.txt")], "too few to fit on"),
+        ([str(plain / "text.jsonl"), "--length", "100"], "length must be at least 128"),
+        ([str(plain / "text.jsonl"), "--move-tokens", "100"], "at least two rows"),
+    ):
+        if said:
+            assert main(["desink", str(plain / "plain"), str(plain / "no"), "--quiet", "--text", *arguments]) == 2
+            assert said in capsys.readouterr().err
+    assert not (plain / "no").exists()
