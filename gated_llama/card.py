@@ -162,11 +162,8 @@ DESINKING = f"""# {{{{ name }}}}
 
 | step | tokens | loss on held-out text | attention to the most attended key | largest activation |
 |---|---|---|---|---|
-| base | | {{{{ "%.4f" | format(result.before.loss) }}}} | {{{{ "%.3f" | format(result.before.most_attended) }}}} | {{{{
-"{{:,.0f}}".format(result.before.m_act) }}}} |
-{{% for step in result.steps %}}| {{{{ step.name }}}} | {{{{ "{{:,}}".format(step.tokens) }}}} | {{{{
-"%.4f" | format(step.judgement.loss) }}}} | {{{{ "%.3f" | format(step.judgement.most_attended) }}}} | {{{{
-"{{:,.0f}}".format(step.judgement.m_act) }}}} |
+{{% for name, tokens, now in steps %}}| {{{{ name }}}} | {{{{ tokens }}}} | {{{{ "%.4f" | format(now.loss) }}}} | {{{{
+"%.3f" | format(now.most_attended) }}}} | {{{{ "{{:,.0f}}".format(now.m_act) }}}} |
 {{% endfor %}}
 On {{{{ result.text }}}}, with windows cut anywhere and begun with each special token; costs in nats a token:
 
@@ -387,6 +384,13 @@ def desinking_card(result, source: Source, config: GatedLlamaConfig, asked: dict
         config=config,
         command=shlex.join(words),
         result=result,
+        steps=[
+            ("base", "", result.before),
+            *(
+                (f"{step.name}, undone" if step.undone else step.name, f"{step.tokens:,}", step.judgement)
+                for step in result.steps
+            ),
+        ],
         library="transformers",
         auto_class=AUTO_CLASSES[config.architectures[0]],
     )

@@ -23,11 +23,12 @@ from gated_llama.checkpoint import find_source, new_folder, read_checkpoint, ref
 from gated_llama.convert import convert_checkpoint
 from gated_llama.data import read_documents, shuffled, tokenize
 from gated_llama.errors import UserError, VerificationError
+from gated_llama.families import read_gated_config
 from gated_llama.loading import load, refuse_adapter
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import LATER, Judgement, judge
 from gated_llama.sinks.layers import sink_tokens, state_lengths
-from gated_llama.sinks.move import MoveSettings, add_biases, move_sinks
+from gated_llama.sinks.move import add_biases, move_sinks
 from gated_llama.verify import no_bars_of_transformers
 
 
@@ -43,9 +44,9 @@ class DesinkSettings:
     Attributes:
         calm_only: leave the sink where it is; only massive states become calm.
         max_loss: the share by which the loss on held-out text may rise.
-        calm_tokens: on which all layers are distilled from the base with a penalty on massive states.
+        calm_tokens: on which all layers are distilled from the base, with a penalty on massive states; or 0.
         move_tokens: on which keys, values and gates are fitted in closed form.
-        heal_tokens: on which the gates are distilled from the base afterwards; 0 leaves that out.
+        heal_tokens: on which the gates are distilled from the base afterwards; or 0.
         length, batch_size: tokens of a row; rows of a step.
         judged_windows: of held-out text, that are measured on.
     """
@@ -65,15 +66,17 @@ class DesinkSettings:
         Raises:
             UserError: a setting has a value that it cannot have.
         """
-        for name in ("calm_tokens", "move_tokens", "length", "batch_size", "judged_windows"):
+        for name in ("move_tokens", "length", "batch_size", "judged_windows"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be more than 0, not {getattr(self, name)}.")
         if self.length < 2 * LATER:
             raise UserError(f"length must be at least {2 * LATER}, not {self.length}: sinks are seen by later tokens.")
         if self.move_tokens < 2 * self.length:
             raise UserError(f"move_tokens must be at least two rows, {2 * self.length}, not {self.move_tokens}.")
-        if not self.max_loss >= 0 or self.heal_tokens < 0:
-            raise UserError("max_loss and heal_tokens must not be negative.")
+        if not self.max_loss >= 0 or self.heal_tokens < 0 or self.calm_tokens < 0:
+            raise UserError("max_loss, calm_tokens and heal_tokens must not be negative.")
+        if self.calm_only and not self.calm_tokens:
+            raise UserError("calm_only with calm_tokens 0 leaves nothing to do: give calm_tokens.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Step:
     name: str
     tokens: int
     seconds: float
-    said: str
+    undone: bool  # it cost more than it may
     judgement: Judgement  # after it
 
 
@@ -166,7 +169,7 @@ def desink_checkpoint(
             base, tokenizer = load(gated, dtype=torch.float32)
             edited, _ = load(gated, dtype=torch.float32)
         checkpoint = read_checkpoint(gated)
-        dtype = edited.config.dtype = checkpoint_dtype(gated)
+        dtype = read_gated_config(checkpoint.config, str(gated)).dtype or torch.float32
         windows = Windows(tokenizer, text, settings, progress)
         base, edited = base.to(device).eval(), edited.to(device).eval()
         add_biases(edited)
@@ -174,28 +177,46 @@ def desink_checkpoint(
         before = windows.judge(base)
         announce(f"{found.name}, on {windows}: loss {before.loss:.4f}, sink rate {before.sink_rate:.1%}")
 
-        def done(name: str, tokens: int, since: float, said: str = "") -> None:
-            steps.append(Step(name, tokens, time.monotonic() - since, said, windows.judge(edited)))
-            so_far = replace(result, steps=steps)
-            announce(f"{name} ({tokens:,} tokens, {steps[-1].seconds:.0f} s): {so_far.verdict()}")
+        def step(name: str, tokens: int, work: Callable[[], object]) -> None:
+            """Do it, measure, and say so; training that costs more than it may is undone."""
+            since, was = time.monotonic(), {key: value.cpu().clone() for key, value in edited.state_dict().items()}
+            last = steps[-1].judgement if steps else before
+            work()
+            now, undone = windows.judge(edited), False
+            so_far = replace(result, steps=[*steps, Step(name, tokens, time.monotonic() - since, undone, now)])
+            announce(f"{name} ({tokens:,} tokens, {so_far.steps[-1].seconds:.0f} s): {so_far.verdict()}")
+            if name != "moved" and not now.loss <= (1 + settings.max_loss) * max(before.loss, last.loss):
+                edited.load_state_dict(was)
+                now, undone = last, True
+                announce(f"that is more than {settings.max_loss:.2%} of loss, so it was undone")
+            steps.append(replace(so_far.steps[-1], undone=undone, judgement=now))
 
         result = DesinkResult(str(output), found.name, found.revision, str(windows), before, steps)
         set_seed(settings.seed)
         fitted = windows.cut(settings.move_tokens, "move")
         lengths = state_lengths(base, fitted, progress=progress)
-        distilling = DistilSettings(batch_size=settings.batch_size)
 
-        since, rows = time.monotonic(), windows.cut(settings.calm_tokens, "calm")
-        distil(edited, base, rows, lengths, replace(distilling, train="layers"), progress=progress)
-        done("calmed", rows.numel(), since)
+        def learn(what: str, train: str, tokens: int) -> None:
+            rows = windows.cut(tokens, what)
+            distilling = DistilSettings(train, batch_size=settings.batch_size)
+            step(what, rows.numel(), lambda: distil(edited, base, rows, lengths, distilling, progress=progress))
+
+        if settings.calm_tokens:
+            learn("calmed", "layers", settings.calm_tokens)
         if not settings.calm_only:
-            since = time.monotonic()
-            moved = move_sinks(edited, fitted, MoveSettings(), sinks=sink_tokens(lengths), progress=progress)
-            done("moved", fitted.numel(), since, str(moved))
+            sinks = sink_tokens(lengths)
+            step(
+                "moved",
+                fitted.numel(),
+                lambda: announce(str(move_sinks(edited, fitted, sinks=sinks, progress=progress))),
+            )
             if settings.heal_tokens:
-                since, rows = time.monotonic(), windows.cut(settings.heal_tokens, "heal")
-                distil(edited, base, rows, lengths, replace(distilling, train="gates"), progress=progress)
-                done("healed", rows.numel(), since)
+                learn("healed", "gates", settings.heal_tokens)
+        if all(done.undone for done in steps):
+            raise VerificationError(
+                f"every step cost more than {settings.max_loss:.2%} of loss: give more text of the kind that the model is "
+                "for, or a larger --max-loss."
+            )
         edited.to(dtype).float()  # what is saved is what is measured
         steps[-1] = replace(steps[-1], judgement=windows.judge(edited))
         if not result.after.loss <= (1 + settings.max_loss) * before.loss:
@@ -211,14 +232,6 @@ def desink_checkpoint(
         card = desinking_card(result, found, edited.config, asdict(settings), text)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return result
-
-
-def checkpoint_dtype(folder: Path) -> torch.dtype:
-    """In which a gated checkpoint's weights are kept."""
-    from gated_llama.families import read_gated_config
-
-    config = read_gated_config(read_checkpoint(folder).config, str(folder))
-    return config.dtype or torch.float32
 
 
 class Windows:
