@@ -1,8 +1,9 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The main job from end to end, on a small model trained here.
+"""The main job from end to end: on a real model if it is there, else on a small one trained here.
 
-A small Llama learns from text that every machine has (the Python standard library), is converted and verified, its
-gates are fine-tuned, and what they do is shown.
+The real one (SmolLM2-135M, from benchmarks/models.py) is converted and verified, its attention sink is moved into the
+gates, and what that costs is measured. The small one learns from text that every machine has, its gates are fine-tuned,
+and what they do is shown.
 """
 
 import argparse
@@ -18,17 +19,81 @@ from pathlib import Path
 PROMPT = "def __init__(self"
 BLOCK = 128  # tokens the model sees at once
 BATCH = 16
+WINDOW = 256  # tokens of a window of the real model
+QUESTION = "What is gravity?"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write (default: demo)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("build/models/smollm2-135m"),
+        help="a real model's folder (default: build/models/smollm2-135m; a small one is trained if it is not there)",
+    )
+    parser.add_argument("--windows", type=int, default=48, help="of 256 tokens to move its sink by (default: 48)")
     parser.add_argument("--steps", type=int, default=300, help="training steps of the base model (default: 300)")
     parser.add_argument("--gate-steps", type=int, default=250, help="training steps of the gates (default: 250)")
 
 
 def run(args: argparse.Namespace) -> None:
-    started = time.monotonic()
     print("Loading PyTorch and Transformers …", file=sys.stderr)
+    (run_real if (args.model / "config.json").is_file() else run_small)(args)
+
+
+def run_real(args: argparse.Namespace) -> None:
+    started = time.monotonic()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import modeling_gated  # noqa: F401  (registers the Auto classes)
+    from gated_llama import convert_checkpoint
+    from gated_llama.sinks.judge import judge
+    from gated_llama.sinks.move import move_sinks
+    from gated_llama.sinks.picture import draw_sinks
+    from gated_llama.verify import no_bars_of_transformers
+
+    gated, moved, picture = (args.output / name for name in ("gated", "moved", "sinks.png"))
+    for folder in (gated, moved):
+        shutil.rmtree(folder, ignore_errors=True)
+
+    heading(1, f"Conversion of {args.model}: gates are added, nothing changes", 4)
+    result = convert_checkpoint(args.model, gated, gate_bias=True)
+    print(f"{result.gate_parameters:,} gate parameters beside {result.other_parameters:,}; {result.verification}")
+
+    heading(2, "Its attention sink is moved into the gates: no training, one pass over some text", 4)
+    with no_bars_of_transformers():
+        model = AutoModelForCausalLM.from_pretrained(gated, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gated)
+    ids = torch.tensor(tokenizer("\n\n".join(python_reference()), verbose=False).input_ids)
+    windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+    judged, fitted = windows[:16], windows[16 : 16 + args.windows]
+    before = judge(model, judged, judged, quantizations=())
+    print(move_sinks(model, fitted, progress=True))
+    after = judge(model, judged, judged, quantizations=())
+    model.to(torch.bfloat16).save_pretrained(moved)
+    tokenizer.save_pretrained(moved)
+
+    heading(3, "A chat with the model that has no sink", 4)
+    messages = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = model.generate(**prompt, max_new_tokens=60, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    print(f"> {QUESTION}\n{tokenizer.decode(said, skip_special_tokens=True)}")
+
+    heading(4, f"Done in {time.monotonic() - started:.0f} s", 4)
+    draw_sinks(before, after, picture)
+    print(
+        f"A sink was in {before.sink_rate:.0%} of heads and windows, and is in {after.sink_rate:.1%} now; the loss on text "
+        f"that was not fitted went from {before.loss:.3f} to {after.loss:.3f} ({after.loss / before.loss - 1:+.1%}); to "
+        f"read the last 64 tokens only costs {after.short_window:+.2f} nats where it cost {before.short_window:+.2f}.\n"
+        f"The picture: {picture}\nThe model:   {moved}"
+    )
+    print(f"To make it better by training: gated-llama desink {args.model} OUT --text YOUR.jsonl")
+
+
+def run_small(args: argparse.Namespace) -> None:
+    started = time.monotonic()
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
     import modeling_gated  # noqa: F401  (registers the Auto classes)
@@ -122,8 +187,15 @@ def run(args: argparse.Namespace) -> None:
     print("gated-llama convert YOUR-LLAMA-OR-QWEN-FOLDER-OR-HUB-ID ./gated")
 
 
-def heading(number: int, text: str) -> None:
-    print(f"\n[{number}/6] {text}", flush=True)
+def heading(number: int, text: str, of: int = 6) -> None:
+    print(f"\n[{number}/{of}] {text}", flush=True)
+
+
+def python_reference() -> list[str]:
+    """English prose that comes with Python: its language reference, as `help()` shows it."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
 
 
 def standard_library(files: int = 200) -> list[str]:

@@ -1,6 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What the README tells people to run is run, on small stand-ins under the names it uses; so is the demo."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import sinks
+import torch
 
 import engines
 import paint_mixer
@@ -18,7 +20,8 @@ from fresh import run_fresh
 from gated_llama.scripts.cli import main
 from hub import local_hub
 from measured import read_records, table_in_readme
-from tiny import published, source_model
+from modeling_gated import GatedLlamaForCausalLM
+from tiny import published, source_model, tiny_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +69,26 @@ def test_load_finetune_look(tmp_path, monkeypatch, capsys):
     assert set(snippets("python")) == {"load", "look", "finetune"}
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert "GateStatistics(" in capsys.readouterr().out
+
+
+def test_the_demo_on_a_real_model_ends_in_a_sentence_a_picture_and_a_chat(tmp_path, capsys):
+    """Real in that it is not trained here: one token of its text is massive, so that there is a sink to move."""
+    from gated_llama.scripts import run_demo
+
+    model = source_model(max_position_embeddings=512)
+    massive = tiny_tokenizer().convert_tokens_to_ids("z")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[massive] *= 1000
+    published(tmp_path / "real", model, dtype=torch.bfloat16, tokenizer=True)
+    parser = argparse.ArgumentParser()
+    run_demo.add_arguments(parser)
+    out = tmp_path / "demo"
+    run_demo.run(parser.parse_args(["--model", str(tmp_path / "real"), "--output", str(out), "--windows", "12"]))
+    said = capsys.readouterr().out
+    assert "the outputs are equal" in said or "to the bit" in said
+    assert "moved the sinks of" in said and "What is gravity?" in said and f"The picture: {out / 'sinks.png'}" in said
+    assert (out / "sinks.png").read_bytes().startswith(b"\x89PNG")
+    assert GatedLlamaForCausalLM.from_pretrained(out / "moved").config.attention_out_bias
 
 
 def test_the_table_of_engines_tells_every_run_and_no_other():

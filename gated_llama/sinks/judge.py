@@ -38,6 +38,7 @@ class Judgement:
     most_attended: float  # of each head and window, its most attended key
     sink_rate: float  # share of heads and windows in which that key gets more than .3
     m_act: float  # mean over layers of the largest |x| of a window
+    heads: list[list[float]]  # attention to the most attended key, layer by layer
     penalties: dict[str, float]  # of quantization, simulated; by the names of `QUANTIZATIONS`
     short_window: float  # cost of seeing the last 64 tokens only, for queries from the 64th on
     short_window_and_first: float  # … and the first token, as StreamingLLM keeps it
@@ -65,8 +66,8 @@ def last_tokens(length: int, size: int, *, and_first: bool = False) -> torch.Ten
 
 
 @torch.no_grad()
-def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> tuple[float, ...]:
-    """First-token attention, the most attended keys', the sink rate and M-Act."""
+def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> tuple:
+    """First-token attention, the most attended keys', the sink rate, M-Act, and the most attended keys' by head."""
     later, half = min(LATER, windows.shape[1] // 2), max(1, windows.shape[1] // 2)
     first, largest, received = [], [], {}
 
@@ -81,18 +82,24 @@ def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_s
         states = output if isinstance(output, torch.Tensor) else output[0]
         largest.append(states.abs().amax((1, 2)).float())
 
-    most, layers = [], decoder_layers(model)
+    most: dict[int, list[torch.Tensor]] = {}
     with ExitStack() as stack:
         stack.enter_context(watched(model, see))
-        for layer in layers:
+        for layer in decoder_layers(model):
             stack.callback(layer.register_forward_hook(see_states).remove)
         for rows in windows.split(batch_size):
             model.get_decoder()(rows.to(model.device), use_cache=False)
-            most += [sums[..., :half].amax(2) / (windows.shape[1] - later) for sums in received.values()]
+            for layer, sums in received.items():
+                most.setdefault(layer, []).append(sums[..., :half].amax(2) / (windows.shape[1] - later))
             received.clear()
-    most = torch.cat(most)  # (layers · B, N)
-    given = sum(first) / (windows.numel() * most.shape[1] * len(layers))
-    return given, most.mean().item(), (most > SINK_SHARE).float().mean().item(), torch.cat(largest).mean().item()
+    by_window = torch.stack([torch.cat(most[layer]) for layer in sorted(most)])  # (L, B, N)
+    return (
+        sum(first) / (windows.shape[1] * by_window.numel()),
+        by_window.mean().item(),
+        (by_window > SINK_SHARE).float().mean().item(),
+        torch.cat(largest).mean().item(),
+        [[round(share, 4) for share in layer] for layer in by_window.mean(1).tolist()],
+    )
 
 
 def rounded(x: torch.Tensor, largest: torch.Tensor, levels: int = 127) -> torch.Tensor:

@@ -182,7 +182,7 @@ def desink_checkpoint(
             since, was = time.monotonic(), {key: value.cpu().clone() for key, value in edited.state_dict().items()}
             last = steps[-1].judgement if steps else before
             work()
-            now, undone = windows.judge(edited), False
+            now, undone = windows.judge(edited, quantizations=()), False
             so_far = replace(result, steps=[*steps, Step(name, tokens, time.monotonic() - since, undone, now)])
             announce(f"{name} ({tokens:,} tokens, {so_far.steps[-1].seconds:.0f} s): {so_far.verdict()}")
             if name != "moved" and not now.loss <= (1 + settings.max_loss) * max(before.loss, last.loss):
@@ -214,8 +214,8 @@ def desink_checkpoint(
                 learn("healed", "gates", settings.heal_tokens)
         if all(done.undone for done in steps):
             raise VerificationError(
-                f"every step cost more than {settings.max_loss:.2%} of loss: give more text of the kind that the model is "
-                "for, or a larger --max-loss."
+                f"every step cost more than {settings.max_loss:.2%} of loss: give more text of the kind that the model "
+                "is for, or a larger --max-loss."
             )
         edited.to(dtype).float()  # what is saved is what is measured
         steps[-1] = replace(steps[-1], judgement=windows.judge(edited))
@@ -269,8 +269,8 @@ class Windows:
         """Windows (B, T) of so many tokens in all, others for each `what`."""
         return self._cut(self.train, max(1, tokens // self.length), what)
 
-    def judge(self, model: PreTrainedModel) -> Judgement:
-        return judge(model, self.judged, self.calibration)
+    def judge(self, model: PreTrainedModel, **settings) -> Judgement:
+        return judge(model, self.judged, self.calibration, **settings)
 
     def _cut(self, tokens: torch.Tensor, count: int, what: str) -> torch.Tensor:
         drawn = random.Random(f"{self.seed} {what}")
