@@ -6,7 +6,7 @@ WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py tests/test_publish.py
 
 .PHONY: demo test test-newest test-oldest style bench textbook pretrain sinks check-big check-gpu check-parallel \
-	check-quantized-cache check-real-shapes check-finetune check-distributed check-report check-vllm check-quantized check-serve \
+	check-quantized-cache check-real-shapes check-real-models check-finetune check-distributed check-report check-vllm check-quantized check-serve \
 	check-upstream check-lm-eval
 
 # On a real model, which comes in a Python package of 93 MB; on a small one trained here where that cannot be had.
@@ -50,6 +50,10 @@ sinks: .venv/installed
 # Slow, or in need of more than a bare machine: run by hand, with the outcome in LOG.md.
 check-real-shapes: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_real_shapes.py
+
+# TEXT and MODELS may say what is taken.
+check-real-models: .venv/installed
+	.venv/bin/python -m pytest -s tests/check_real_models.py
 
 check-big: .venv/installed
 	.venv/bin/python -m pytest -s tests/check_big.py
