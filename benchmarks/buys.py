@@ -1,0 +1,156 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+What a model without its sink can do that its base cannot, and whether it still can what its base can: attention to the
+last tokens of long texts, also with a cache of constant size; the last words of passages; copying from far back. A
+record a model in benchmarks/results/buys.jsonl; `--write` makes the table of docs/sinks.md.
+
+    python benchmarks/buys.py --text HELD-OUT.jsonl build/models/smollm2-135m OUT-OF-DESINK [--name NAME …]
+    python benchmarks/buys.py --write
+"""
+
+import argparse
+import random
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from sinks import PAGE, cut, read_texts, token_row
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from gated_llama import convert_checkpoint
+from gated_llama.loading import load
+from gated_llama.sinks.judge import last_tokens, losses
+from measured import RESULTS, circumstances, keep_record, read_records, write_table
+
+
+RECORDS = RESULTS / "buys.jsonl"
+LENGTH, WINDOW = 4_096, 256
+STREAM, BLOCK = 20_000, 256  # tokens of one row, and how many of them at once
+PASSAGES, NEEDLES = 100, 40
+FILLER = "The weather stayed the same that day, and nobody in the town had anything to say about it. "
+
+
+@torch.no_grad()
+def short_window(model, rows: torch.Tensor) -> dict[str, float]:
+    """What attention to the last `WINDOW` of `LENGTH` tokens costs, with and without the first, in nats a token."""
+    full = losses(model, rows, 1)[:, WINDOW:]
+    found = {"loss of 4,096 tokens": full.mean().item()}
+    for name, and_first in (("cost of the last 256", False), ("… and the first", True)):
+        seen = last_tokens(rows.shape[1], WINDOW, and_first=and_first)
+        found[name] = (losses(model, rows, 1, seen)[:, WINDOW:] - full).mean().item()
+    return found
+
+
+@torch.no_grad()
+def stream(model, row: torch.Tensor) -> list[float]:
+    """The loss of each 4,000 of `STREAM` tokens, read in blocks by a cache that holds the last `WINDOW`."""
+    cache, found, last = DynamicCache(config=model.config), [], None
+    for ids in tqdm(row.split(BLOCK), desc="streaming", unit=" blocks"):
+        logits = model(ids[None].to(model.device), past_key_values=cache, use_cache=True).logits[0].float().cpu()
+        before = logits[:-1] if last is None else torch.cat([last[None], logits[:-1]])
+        found.append(torch.nn.functional.cross_entropy(before, ids[len(ids) - len(before) :], reduction="none"))
+        last = logits[-1]
+    return [part.mean().item() for part in torch.cat(found).split(4_000)]
+
+
+@torch.no_grad()
+def likelihood(model, tokenizer, context: str, answer: str) -> tuple[float, bool]:
+    """Nats of the answer's tokens, and whether each is the likeliest."""
+    start = tokenizer(context, verbose=False).input_ids
+    end = tokenizer(answer, add_special_tokens=False).input_ids
+    logits = model(torch.tensor([start + end], device=model.device)).logits[0, len(start) - 1 : -1].float().cpu()
+    wanted = torch.tensor(end)
+    return torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item(), bool(
+        (logits.argmax(1) == wanted).all()
+    )
+
+
+def last_words(texts: list[str]) -> list[tuple[str, str]]:
+    """Passages of 80 to 120 words without their last one, which is a name or a noun that stood in them before."""
+    drawn, found = random.Random(0), []
+    while len(found) < PASSAGES:
+        words = drawn.choice(texts).split()
+        if len(words) < 200:
+            continue
+        start, length = drawn.randrange(len(words) - 150), drawn.randrange(80, 120)
+        last = words[start + length]
+        if re.fullmatch(r"[A-Za-z]{5,}", last) and last in words[start : start + length - 5]:
+            found.append((" ".join(words[start : start + length]), f" {last}"))
+    return found
+
+
+def needles(tokens: int) -> list[tuple[str, str]]:
+    """A number told once, `tokens` or so before it is asked for."""
+    drawn, found = random.Random(1), []
+    for _ in range(NEEDLES):
+        number = str(drawn.randrange(10_000, 100_000))
+        place = drawn.choice(("the castle", "the harbour", "the library", "the museum", "the station"))
+        before, after = FILLER * 3, FILLER * (tokens // 20)
+        told = f"The secret number of {place} is {number}. "
+        found.append((f"{before}{told}{after}Remember: the secret number of {place} is", f" {number}"))
+    return found
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict:
+    model, tokenizer = load(folder, dtype=torch.float32)
+    model = model.to(args.device)
+    texts = read_texts(args.text)
+    row = token_row(tokenizer, args.text, 400_000)
+    found = {"short window": short_window(model, cut(row, args.rows, LENGTH, 7))}
+    for name, asked in (
+        ("last words", last_words(texts)),
+        *((f"needle, {far} tokens", needles(far)) for far in (200, 1_000, 2_000)),
+    ):
+        scores = [likelihood(model, tokenizer, *pair) for pair in tqdm(asked, desc=name)]
+        nats, right = zip(*scores, strict=True)
+        found[name] = {"nats": sum(nats) / len(nats), "right": sum(right) / len(right)}
+    sliding, _ = load(folder, dtype=torch.float32, sliding_window=WINDOW)
+    found["stream"] = stream(sliding.to(args.device), row[:STREAM])
+    return found
+
+
+def table(records: list[dict]) -> str:
+    """A column a model."""
+    needle = [name for name in records[0] if name.startswith("needle")]
+    rows = [
+        ("last 256 of 4,096 tokens only, cost", lambda r: f"{r['short window']['cost of the last 256']:+.3f}"),
+        ("… with the first kept", lambda r: f"{r['short window']['… and the first']:+.3f}"),
+        *(
+            (f"loss of tokens {4 * n},000 to {4 * n + 4},000, cache of 256", lambda r, n=n: f"{r['stream'][n]:.3f}")
+            for n in range(len(records[0]["stream"]))
+        ),
+        ("last words: nats; right", lambda r: f"{r['last words']['nats']:.3f}; {r['last words']['right']:.0%}"),
+        *((f"{name}: nats; right", lambda r, n=name: f"{r[n]['nats']:.3f}; {r[n]['right']:.0%}") for name in needle),
+    ]
+    lines = [f"| | {' | '.join(record['name'] for record in records)} |", f"|---|{'---|' * len(records)}"]
+    lines += [f"| {name} | {' | '.join(value(record) for record in records)} |" for name, value in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="*", help="folders; plain ones are converted first")
+    parser.add_argument("--name", nargs="+", default=[], help="of each (default: the folder's)")
+    parser.add_argument("--text", type=Path, help="held-out text")
+    parser.add_argument("--rows", type=int, default=4, help="of 4,096 tokens (default: 4)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", action="store_true", help="run nothing: write the table from the records")
+    args = parser.parse_args()
+    if args.write:
+        write_table("buys", table(read_records(RECORDS)), PAGE)
+        return
+    names = args.name or [folder.name for folder in args.models]
+    for name, folder in zip(names, args.models, strict=True):
+        with tempfile.TemporaryDirectory() as work:
+            gated = Path(work) / "gated"
+            convert_checkpoint(folder, gated, link=True, verify=False, progress=False)
+            record = {"name": name, **measure(gated, args), **circumstances()}
+        keep_record(RECORDS, record, "name")
+        print(f"{name}: {record['short window']}, {record['stream']}, {record['last words']}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
