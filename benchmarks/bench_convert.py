@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gated_llama.convert import convert_checkpoint, shapes_of
+from gated_llama.conversion.convert import convert_checkpoint, shapes_of
 from measured import RESULTS, append_record, circumstances, run_measured, seconds_of, summary
 
 

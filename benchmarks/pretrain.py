@@ -44,7 +44,7 @@ from triggers import DEEP, LETTERS, Tokenizer, Triggers
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama import UserError, measure
-from gated_llama.trainer import training_arguments
+from gated_llama.training.trainer import training_arguments
 from measured import RESULTS, circumstances, digest, keep_record, read_records, write_table
 from modeling_gated import GatedLlamaForCausalLM
 

@@ -100,7 +100,7 @@ def cut(tokens: torch.Tensor, count: int, length: int, seed: int, first: int | N
 
 
 def run(args: argparse.Namespace) -> None:
-    from gated_llama.verify import no_bars_of_transformers
+    from gated_llama.conversion.verify import no_bars_of_transformers
 
     with tempfile.TemporaryDirectory() as work, no_bars_of_transformers():
         gated = Path(work) / "gated"

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gated_llama.checkpoint import GATES_NAME, SINGLE_SHARD, WEIGHTS_NAME, Checkpoint
+from gated_llama.checkpoints.folder import GATES_NAME, SINGLE_SHARD, WEIGHTS_NAME, Checkpoint
+from gated_llama.checkpoints.shards import Recipe, carried, write_index, write_shards
 from gated_llama.errors import UserError
-from gated_llama.shards import Recipe, carried, write_index, write_shards
 
 
 # Gates that share the rate of the weights hardly move; a published retrofit of Qwen3-0.6B (takuma104/OutliersInLLM)

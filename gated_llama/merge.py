@@ -9,13 +9,12 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from gated_llama.card import merged_card
-from gated_llama.checkpoint import CONFIG_NAME, find_source, new_folder, read_checkpoint, refuse_nesting
+from gated_llama.checkpoints.card import merged_card
+from gated_llama.checkpoints.folder import CONFIG_NAME, find_source, new_folder, read_checkpoint, refuse_nesting
+from gated_llama.conversion.families import read_gated_config
+from gated_llama.conversion.verify import no_bars_of_transformers
 from gated_llama.errors import UserError, first_line
-from gated_llama.families import read_gated_config
-from gated_llama.loading import is_adapter
-from gated_llama.publish import TASKS
-from gated_llama.verify import no_bars_of_transformers
+from gated_llama.loading import TASKS, is_adapter
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def merge_adapter(
         raise UserError(f"{adapter} is {what}; give a folder with adapter_config.json, such as finetune's --out.")
     from peft import PeftConfig
 
-    from gated_llama.adapters import base_of, load_adapter
+    from gated_llama.loading import base_of, load_adapter
 
     settings = PeftConfig.from_pretrained(adapter)
     base = find_source(base_of(adapter), settings.revision)

@@ -17,15 +17,21 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
 )
 from yaml import YAMLError
 
 import configuration_gated
 import modeling_gated
-from gated_llama.card import AUTO_CLASSES, bases_of, is_hub_id, saved_card, with_base, with_measurements, with_text_of
-from gated_llama.checkpoint import (
+from gated_llama.checkpoints.card import (
+    AUTO_CLASSES,
+    bases_of,
+    is_hub_id,
+    saved_card,
+    with_base,
+    with_measurements,
+    with_text_of,
+)
+from gated_llama.checkpoints.folder import (
     CONFIG_NAME,
     INDEX_NAME,
     HTTPError,
@@ -34,15 +40,13 @@ from gated_llama.checkpoint import (
     read_header,
     read_json,
 )
+from gated_llama.checkpoints.measurements import MEASUREMENTS_NAME, read_measurements
+from gated_llama.conversion.families import read_gated_config
 from gated_llama.errors import UserError, first_line
-from gated_llama.families import read_gated_config
-from gated_llama.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
-from gated_llama.measurements import MEASUREMENTS_NAME, read_measurements
+from gated_llama.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TASKS, is_adapter
 
 
 CODE = {Path(module.__file__).name: Path(module.__file__) for module in (configuration_gated, modeling_gated)}
-# Of adapters, by PEFT's name of the task.
-TASKS = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
 CARD = "README.md"
 INSPECTION = Path("inspection", MEASUREMENTS_NAME)  # where `gated-llama inspect … --out FOLDER/inspection` leaves it
 # Tokens of the Hub, keys of OpenAI and of AWS, private keys.
@@ -196,7 +200,7 @@ def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Of the tensors that the adapter's file must hold."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
-    from gated_llama.adapters import base_of
+    from gated_llama.loading import base_of
 
     try:
         config = PeftConfig.from_pretrained(folder)

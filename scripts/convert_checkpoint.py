@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from gated_llama.convert import convert_checkpoint
+    from gated_llama.conversion.convert import convert_checkpoint
 
     result = convert_checkpoint(
         args.source,

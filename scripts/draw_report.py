@@ -12,9 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from gated_llama.checkpoint import new_folder
-    from gated_llama.measurements import read_measurements
-    from gated_llama.report import draw
+    from gated_llama.checkpoints.folder import new_folder
+    from gated_llama.checkpoints.measurements import read_measurements
+    from gated_llama.inspection.page import draw
 
     measured = read_measurements(args.measurements)
     with new_folder(args.out) as folder:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from gated_llama.export import export_checkpoint
+    from gated_llama.conversion.export import export_checkpoint
 
     result = export_checkpoint(
         args.source,

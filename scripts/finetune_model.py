@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     import os
     from dataclasses import fields
 
-    from gated_llama.finetune import FinetuneSettings, finetune_checkpoint
+    from gated_llama.training.finetune import FinetuneSettings, finetune_checkpoint
 
     settings = {
         field.name: getattr(args, field.name) for field in fields(FinetuneSettings) if hasattr(args, field.name)

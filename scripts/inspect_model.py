@@ -38,14 +38,14 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from gated_llama.checkpoint import new_folder
+    from gated_llama.checkpoints.folder import new_folder
     from gated_llama.data import read_documents, token_windows
-    from gated_llama.diagnose import measure
+    from gated_llama.inspection.measure import measure
     from gated_llama.loading import load
 
     if args.out:
-        from gated_llama.measurements import MEASUREMENTS_NAME, read_measurements
-        from gated_llama.report import draw
+        from gated_llama.checkpoints.measurements import MEASUREMENTS_NAME, read_measurements
+        from gated_llama.inspection.page import draw
 
     device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     documents = read_documents(args.text)

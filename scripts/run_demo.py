@@ -48,10 +48,10 @@ def run_real(args: argparse.Namespace) -> None:
 
     import modeling_gated  # noqa: F401  (registers the Auto classes)
     from gated_llama import convert_checkpoint
+    from gated_llama.conversion.verify import no_bars_of_transformers
     from gated_llama.sinks.judge import judge
     from gated_llama.sinks.move import move_sinks
     from gated_llama.sinks.picture import draw_sinks
-    from gated_llama.verify import no_bars_of_transformers
 
     gated, moved, picture = (args.output / name for name in ("gated", "moved", "sinks.png"))
     for folder in (gated, moved):
@@ -84,8 +84,8 @@ def run_real(args: argparse.Namespace) -> None:
     heading(4, f"Done in {time.monotonic() - started:.0f} s", 4)
     draw_sinks(before, after, picture)
     print(
-        f"A sink was in {before.sink_rate:.0%} of heads and windows, and is in {after.sink_rate:.1%} now; the loss on text "
-        f"that was not fitted went from {before.loss:.3f} to {after.loss:.3f} ({after.loss / before.loss - 1:+.1%}); to "
+        f"A sink was in {before.sink_rate:.0%} of heads and windows, and is in {after.sink_rate:.1%} now; the loss on "
+        f"other text went from {before.loss:.3f} to {after.loss:.3f} ({after.loss / before.loss - 1:+.1%}); to "
         f"read the last 64 tokens only costs {after.short_window:+.2f} nats where it cost {before.short_window:+.2f}.\n"
         f"The picture: {picture}\nThe model:   {moved}"
     )
@@ -107,7 +107,7 @@ def run_small(args: argparse.Namespace) -> None:
     )
     from gated_llama.data import pack, tokenize
     from gated_llama.scripts.inspect_model import print_gates, print_models
-    from gated_llama.trainer import training_arguments
+    from gated_llama.training.trainer import training_arguments
 
     base, gated, tuned = (args.output / name for name in ("base", "gated", "gated-tuned"))
     for folder in (base, gated, tuned):

@@ -11,8 +11,8 @@ import sys
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gated_llama.checkpoint import read_checkpoint
-from gated_llama.convert import shapes_of
+from gated_llama.checkpoints.folder import read_checkpoint
+from gated_llama.conversion.classes import shapes_of
 from measured import run_measured
 
 

@@ -2,7 +2,7 @@
 """
 `make check-real-models`: SmolLM2-135M and Qwen2.5-Coder-0.5B, from Python packages (see benchmarks/models.py), through
 everything that is done to a model. The text is what comes with Python, or the files in TEXT. Some minutes for the
-first, half an hour for the second; `MODELS=smollm2-135m` takes one alone. A Qwen3-shaped model with a QK norm is not at hand.
+first, half an hour for the second; `MODELS=smollm2-135m` takes one alone. A Qwen3-shaped model is not at hand.
 """
 
 import hashlib
@@ -47,9 +47,8 @@ def text(tmp_path_factory) -> list[str]:
         return files.split()
     path = tmp_path_factory.mktemp("text") / "python.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in python_reference()))
-    print(
-        f"\nthe language reference of Python {sys.version.split()[0]}, {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    print(f"\nthe language reference of Python {sys.version.split()[0]}, {digest}")
     return [str(path)]
 
 

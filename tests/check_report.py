@@ -17,7 +17,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from gated_llama import measure
-from gated_llama.report import draw
+from gated_llama.inspection.page import draw
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, source_model, tiny_tokenizer, token_ids
 

@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gated_llama import UserError, gated_lora_config, load_adapter
-from gated_llama.adapters import base_of
-from gated_llama.loading import load
+from gated_llama.loading import base_of, load
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, source_model, tiny_tokenizer, token_ids
 

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from gated_llama import attention
+from gated_llama.inspection import attention
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import VARIANTS, gated_model, left_padding, source_model, token_ids
 

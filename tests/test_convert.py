@@ -18,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import gated_llama.convert
-import gated_llama.shards
+import gated_llama.checkpoints.shards
+import gated_llama.conversion.convert
 import modeling_gated
 from configuration_gated import AUTO_MAP
 from fresh import run_command
 from gated_llama import UserError, VerificationError, convert_checkpoint, export_checkpoint
-from gated_llama.checkpoint import copy_file
+from gated_llama.checkpoints.folder import copy_file
 from gated_llama.publish import check_loads, contents_to_publish
 from hub import local_hub
 from tiny import VARIANTS, published, source_model, token_ids, write_shards
@@ -387,7 +387,7 @@ def test_a_failure_with_force_puts_the_old_output_back(source, tmp_path, monkeyp
         monkeypatch.setattr(Path, "rename", lambda self, to: fail() if ".partial" in self.name else rename(self, to))
     else:
         name = {"copying": "write_index", "verifying": "compare"}[moment]
-        monkeypatch.setattr(gated_llama.convert, name, fail)
+        monkeypatch.setattr(gated_llama.conversion.convert, name, fail)
     with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
         convert(source, output, force=True, gate_type="elementwise")
     assert hashes(output) == before
@@ -423,15 +423,15 @@ def test_a_flipped_bit_fails_verification_and_leaves_nothing(source, tmp_path, m
             content[-100] ^= 0x40
         write.write_bytes(content)
 
-    monkeypatch.setattr(gated_llama.shards, "copy_file", copy_wrongly)
+    monkeypatch.setattr(gated_llama.checkpoints.shards, "copy_file", copy_wrongly)
     with pytest.raises(VerificationError, match="differ"):
         convert(source, tmp_path / "gated")
     assert {path.name for path in tmp_path.iterdir()} == {"Tiny-Llama"}
 
 
 def test_gates_that_are_not_open_fail_verification(source, tmp_path, monkeypatch):
-    make = gated_llama.convert._new_gate
-    monkeypatch.setattr(gated_llama.convert, "_new_gate", lambda *arguments: make(*arguments) + 1e-2)
+    make = gated_llama.conversion.convert._new_gate
+    monkeypatch.setattr(gated_llama.conversion.convert, "_new_gate", lambda *arguments: make(*arguments) + 1e-2)
     with pytest.raises(VerificationError, match="is allowed"):
         convert(source, tmp_path / "gated")
 
@@ -469,7 +469,7 @@ def test_no_verify_says_so(source, tmp_path):
 
 def test_verifies_unless_memory_is_short(source, tmp_path, monkeypatch):
     available = SimpleNamespace(available=10**6)
-    monkeypatch.setattr(gated_llama.convert.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(gated_llama.conversion.convert.psutil, "virtual_memory", lambda: available)
     assert convert(source, tmp_path / "small").verification is None
     assert convert(source, tmp_path / "asked", verify=True).verification.exact
 

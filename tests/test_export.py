@@ -85,7 +85,7 @@ def test_control_a_wrong_weight_fails_verification(tmp_path, monkeypatch):
         content[-100] ^= 0x40
         write.write_bytes(content)
 
-    monkeypatch.setattr("gated_llama.shards.copy_file", copy_wrongly)
+    monkeypatch.setattr("gated_llama.checkpoints.shards.copy_file", copy_wrongly)
     with pytest.raises(VerificationError):
         export_checkpoint(tmp_path / "gated", tmp_path / "base", to="base", progress=False)
     assert not (tmp_path / "base").exists()
@@ -231,7 +231,9 @@ def test_official_layout_out_and_in(tmp_path, fields):
 def test_control_rows_in_another_order_are_seen(tmp_path, monkeypatch):
     """The grouping by key/value head is what the reference is there to check: without it the logits differ."""
     model = trained(tmp_path / "gated", **OFFICIAL[1])
-    monkeypatch.setattr("gated_llama.official.fuse", lambda queries, gates, config: torch.cat([queries, gates]))
+    monkeypatch.setattr(
+        "gated_llama.conversion.official.fuse", lambda queries, gates, config: torch.cat([queries, gates])
+    )
     export_checkpoint(tmp_path / "gated", tmp_path / "official", to="official", verify=False, progress=False)
     ids = token_ids(1, 11)
     with torch.no_grad():

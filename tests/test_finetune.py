@@ -27,13 +27,13 @@ from gated_llama import (
     gate_parameter_groups,
     train_only_gates,
 )
-from gated_llama.checkpoint import GATES_NAME
-from gated_llama.finetune import last_checkpoint
+from gated_llama.checkpoints.folder import GATES_NAME
 from gated_llama.gates import gate_modules, is_gate
 from gated_llama.loading import load
-from gated_llama.monitor import LossGuard, log_line
 from gated_llama.scripts.cli import main
-from gated_llama.trainer import training_arguments
+from gated_llama.training.finetune import last_checkpoint
+from gated_llama.training.monitor import LossGuard, log_line
+from gated_llama.training.trainer import training_arguments
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, published, source_model, token_ids
 
@@ -262,7 +262,7 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, data, monkeypatch
     class FullAt8(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 8 and full_at == "weights":
-                monkeypatch.setattr("gated_llama.trainer.save_file", full)
+                monkeypatch.setattr("gated_llama.training.trainer.save_file", full)
             if state.global_step == 8 and full_at == "trainer_state.json":
                 monkeypatch.setattr(type(state), "save_to_json", full)
 
@@ -281,7 +281,7 @@ def test_a_result_that_cannot_be_written_leaves_nothing_that_loads(tmp_path, dat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gated_llama.finetune.write_with_gates", full)
+    monkeypatch.setattr("gated_llama.training.finetune.write_with_gates", full)
     with pytest.raises(UserError, match=r"the result could not be written: .*No space left.*checkpoint-8 is whole"):
         finetune(source, data, tmp_path / "run", train="gates")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"finetune.json", "checkpoints"}

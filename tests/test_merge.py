@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gated_llama import UserError, convert_checkpoint, finetune_checkpoint, gated_lora_config, merge_adapter
-from gated_llama.export import export_checkpoint
+from gated_llama.conversion.export import export_checkpoint
 from gated_llama.publish import check_loads
 from gated_llama.serve import serve
 from modeling_gated import GatedLlamaForCausalLM

@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import modeling_gated
 from configuration_gated import AUTO_MAP
-from gated_llama.families import GATE_DEFAULTS, recognise
-from gated_llama.families import gated_config as config_of
+from gated_llama.conversion.families import GATE_DEFAULTS, recognise
+from gated_llama.conversion.families import gated_config as config_of
 from modeling_gated import AttentionGate, GatedLlamaForCausalLM, GatedLlamaModel
 from tiny import VARIANTS, gated_config, gated_model, left_padding, published, source_model, tiny_tokenizer, token_ids
 

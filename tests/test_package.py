@@ -57,6 +57,69 @@ def test_control_an_import_against_the_arrow_is_seen():
     assert violations("modeling_gated.py", "def f():\n    import gated_llama")
 
 
+# Inside the package, from the floor up: a room imports of those before it, and its own files without a circle.
+FLOORS = (
+    {"errors"},
+    {"checkpoints"},
+    {"data", "gates"},
+    {"adapters", "loading"},
+    {"inspection"},
+    {"conversion"},
+    {"training"},
+    {"sinks"},
+    {"publish", "merge", "serve"},
+)
+
+
+def arrows() -> dict[str, set[str]]:
+    """By module, such as `sinks.move`, the modules of the package that it imports, at its top or in a function."""
+    found = {}
+    for path in sources("gated_llama"):
+        name = ".".join(path.relative_to(ROOT / "gated_llama").with_suffix("").parts).removesuffix(".__init__")
+        targets = {name.removeprefix("gated_llama.") for name in imported(ast.parse(path.read_text()))}
+        found[name] = {target for target in targets if (ROOT / "gated_llama" / target.replace(".", "/")).exists()}
+        found[name] |= {
+            target
+            for target in targets
+            if (ROOT / "gated_llama" / f"{target.replace('.', '/')}.py").exists() and target != "gated_llama"
+        }
+    return found
+
+
+def upward(arrows: dict[str, set[str]]) -> set[tuple[str, str]]:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+    def of(module: str) -> int:
+        return floor[module.split(".")[0]]
+
+    return {
+        (module, target)
+        for module, targets in arrows.items()
+        for target in targets
+        if of(target) > of(module) or (of(target) == of(module) and target.split(".")[0] != module.split(".")[0])
+    }
+
+
+def in_circles(arrows: dict[str, set[str]]) -> set[str]:
+    """What is left when modules that import nothing that is left are taken away again and again."""
+    left = {module: set(targets) for module, targets in arrows.items()}
+    while done := {module for module, targets in left.items() if not targets & set(left)}:
+        left = {module: targets for module, targets in left.items() if module not in done}
+    return set(left)
+
+
+def test_rooms_import_downward_and_in_no_circle():
+    found = {module: targets for module, targets in arrows().items() if module != "__init__"}
+    assert {module.split(".")[0] for module in found} == set().union(*FLOORS)
+    assert sum(map(len, found.values())) > 50
+    assert upward(found) == set() and in_circles(found) == set()
+
+
+def test_control_an_arrow_upward_and_a_circle_are_seen():
+    assert upward({"data": {"sinks.move"}, "gates": {"data"}}) == {("data", "sinks.move"), ("gates", "data")}
+    assert in_circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == {"a", "b", "c", "d"}
+
+
 def test_the_top_files_import_what_they_may():
     configuration = imported(ast.parse((ROOT / "configuration_gated.py").read_text()))
     assert not any(name.split(".")[0] == "torch" for name in configuration)
@@ -87,7 +150,7 @@ def test_vllms_plugin_needs_torch_and_transformers_alone():
     """An engine's environment has none of our other requirements; a plugin that cannot be imported is skipped there."""
     others = ["accelerate", "datasets", "hypothesis", "jinja2", "matplotlib", "peft", "psutil"]
     code = f"import sys; sys.modules.update(dict.fromkeys({others})); import gated_llama.serve; print('imported'); "
-    code += "import gated_llama.checkpoint"  # the control
+    code += "import gated_llama.checkpoints.folder"  # the control
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "imported\n" and "psutil" in done.stderr, done.stderr
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import modeling_gated  # noqa: F401  (registers the Auto classes)
 from fresh import run_fresh
 from gated_llama import convert_checkpoint, gated_lora_config, measure
-from gated_llama.card import BEGIN, END, with_text_of
+from gated_llama.checkpoints.card import BEGIN, END, with_text_of
 from gated_llama.errors import UserError
 from gated_llama.publish import check_loads, contents_to_publish, publish, readable
 from hub import Fault, lfs_oid, local_hub

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from gated_llama import UserError, measure
-from gated_llama.measurements import read_measurements
-from gated_llama.report import FIGURES, draw, gate_colour
+from gated_llama.checkpoints.measurements import read_measurements
+from gated_llama.inspection.page import FIGURES, draw, gate_colour
 from gated_llama.scripts.cli import main
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, source_model, tiny_tokenizer, token_ids
@@ -70,7 +70,7 @@ def test_it_draws_again_without_a_model_and_plain_models_alone(tmp_path, measure
     assert main(["report", str(tmp_path / "one.json"), "--out", str(tmp_path / "page")]) == 0
     assert {path.name for path in (tmp_path / "page").iterdir()} == {"index.html", *PNGS} - {"gates.png"}
     assert capsys.readouterr().out.strip().endswith("index.html")
-    monkeypatch.setattr("gated_llama.report.FIGURES", [])
+    monkeypatch.setattr("gated_llama.inspection.page.FIGURES", [])
     both = [str(tmp_path / "one.json"), str(measurements)]
     assert main(["report", *both, "--out", str(tmp_path / "three")]) == 0
     page = (tmp_path / "three" / "index.html").read_text()
@@ -101,7 +101,9 @@ def test_a_sentence_that_cannot_be_shown_is_refused():
 
 
 def test_a_head_is_chosen(tmp_path, measurements, monkeypatch):
-    monkeypatch.setattr("gated_llama.report.FIGURES", [figure for figure in FIGURES if figure[0] == "sentence"])
+    monkeypatch.setattr(
+        "gated_llama.inspection.page.FIGURES", [figure for figure in FIGURES if figure[0] == "sentence"]
+    )
     pictures = []
     for head in (None, "2.3", "0.1"):
         (tmp_path / str(head)).mkdir()

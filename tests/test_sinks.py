@@ -10,8 +10,8 @@ import torch
 from peft import get_peft_model
 
 from gated_llama import gated_lora_config
-from gated_llama.attention import watched
 from gated_llama.errors import UserError
+from gated_llama.inspection.attention import watched
 from gated_llama.scripts.cli import main
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, last_tokens, losses, quantized

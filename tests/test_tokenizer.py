@@ -7,7 +7,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import AutoTokenizer
 
-from gated_llama import VerificationError, convert_checkpoint, export_checkpoint, tokenizer
+from gated_llama import VerificationError, convert_checkpoint, export_checkpoint
+from gated_llama.conversion import tokenizer
 from gated_llama.scripts.cli import main
 from tiny import VOCAB, published, source_model, tiny_tokenizer
 

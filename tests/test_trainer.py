@@ -14,7 +14,7 @@ from transformers import (
 
 from fresh import run_fresh
 from gated_llama import GatedTrainer, UserError, convert_checkpoint, train_only_gates
-from gated_llama.checkpoint import GATES_NAME
+from gated_llama.checkpoints.folder import GATES_NAME
 from gated_llama.gates import is_gate
 from tiny import published, source_model, token_ids
 
@@ -230,6 +230,6 @@ def test_gates_are_trained_at_their_rate_and_the_rest_at_its(tmp_path, folders):
 def test_training_can_be_imported_where_there_is_no_resource_module():
     """As on Windows."""
     code = "import sys, torch.distributed.checkpoint.state_dict; sys.modules['resource'] = None; "
-    code += "import gated_llama.trainer, gated_llama.finetune; print('imported')"
+    code += "import gated_llama.training.trainer, gated_llama.training.finetune; print('imported')"
     done = run_fresh(code)
     assert done.stdout.strip() == "imported", done.stderr

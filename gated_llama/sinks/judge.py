@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gated_llama.attention import watched
-from gated_llama.diagnose import decoder_layers
+from gated_llama.inspection.attention import decoder_layers, watched
 
 
 SINK_SHARE = 0.3  # of a head's attention, from which on a key is its sink (Gu et al., arXiv 2410.10781)

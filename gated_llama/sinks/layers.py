@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from gated_llama.diagnose import decoder_layers
+from gated_llama.inspection.attention import decoder_layers
 
 
 MASSIVE = 8.0  # times a layer's median length, from which on a token's state is massive

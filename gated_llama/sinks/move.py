@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from configuration_gated import GatedLlamaConfig
-from gated_llama.diagnose import decoder_layers
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_values
+from gated_llama.inspection.attention import decoder_layers
 from gated_llama.sinks.layers import Attended, attend, embed, rotary_of, sink_tokens, state_lengths
 
 

@@ -18,18 +18,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import configuration_gated
 import modeling_gated
-from gated_llama.card import desinking_card
-from gated_llama.checkpoint import find_source, new_folder, read_checkpoint, refuse_nesting
-from gated_llama.convert import convert_checkpoint
+from gated_llama.checkpoints.card import desinking_card
+from gated_llama.checkpoints.folder import find_source, new_folder, read_checkpoint, refuse_nesting
+from gated_llama.conversion.convert import convert_checkpoint
+from gated_llama.conversion.families import read_gated_config
+from gated_llama.conversion.verify import no_bars_of_transformers
 from gated_llama.data import read_documents, shuffled, tokenize
 from gated_llama.errors import UserError, VerificationError
-from gated_llama.families import read_gated_config
 from gated_llama.loading import load, refuse_adapter
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import LATER, Judgement, judge
 from gated_llama.sinks.layers import sink_tokens, state_lengths
 from gated_llama.sinks.move import add_biases, move_sinks
-from gated_llama.verify import no_bars_of_transformers
 
 
 HELD_OUT = 0.05  # of the documents; they are what is measured on

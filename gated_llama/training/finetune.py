@@ -32,8 +32,8 @@ import configuration_gated
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from gated_llama import __version__
-from gated_llama.card import finetuning_card
-from gated_llama.checkpoint import (
+from gated_llama.checkpoints.card import finetuning_card
+from gated_llama.checkpoints.folder import (
     CONFIG_NAME,
     Checkpoint,
     Source,
@@ -44,12 +44,12 @@ from gated_llama.checkpoint import (
     read_json,
     refuse_nesting,
 )
+from gated_llama.conversion.families import read_gated_config
 from gated_llama.data import Rows, one_row_each, pack, read_documents, shuffled, split_off, tokenize
 from gated_llama.errors import UserError, first_line
-from gated_llama.families import read_gated_config
 from gated_llama.gates import gate_parameters, is_gate, train_only_gates, write_with_gates
 from gated_llama.loading import ADAPTER_CONFIG, load, load_tokenizer, refuse_adapter
-from gated_llama.trainer import GatedTrainer, has_accelerator, is_sharded, training_arguments, whole
+from gated_llama.training.trainer import GatedTrainer, has_accelerator, is_sharded, training_arguments, whole
 
 
 # The ways to train, and the learning rates of the weights that are customary for them.

@@ -34,7 +34,7 @@ class GateMonitor(TrainerCallback):
       `peak_memory_gb` of this one.
 
     Only the steps that are logged are measured. Callbacks are told of a log one after the other, so put it before those
-    of `report_to`, as [`gated_llama.finetune.GateTraining`] does: `trainer.callback_handler.callbacks.insert(0, …)`.
+    of `report_to`, as [`GateTraining`] does: `trainer.callback_handler.callbacks.insert(0, …)`.
     """
 
     def __init__(self):

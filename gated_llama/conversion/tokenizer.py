@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from gated_llama.checkpoint import TOKENIZER_CONFIG, read_json
+from gated_llama.checkpoints.folder import TOKENIZER_CONFIG, read_json
 from gated_llama.errors import VerificationError, first_line
 
 

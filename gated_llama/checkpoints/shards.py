@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from gated_llama.checkpoint import INDEX_NAME, Checkpoint, TensorInfo, copy_file, link_file
+from gated_llama.checkpoints.folder import INDEX_NAME, Checkpoint, TensorInfo, copy_file, link_file
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -22,6 +22,11 @@ Watcher = Callable[[int, int, int, torch.Tensor, torch.Tensor], None]
 _watchers: list[Watcher] = []
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, of a model with an adapter too."""
+    return [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
+
+
 @contextmanager
 def watched(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
     """In the block every forward of `model` (without a cache) tells `watcher` its attention weights."""

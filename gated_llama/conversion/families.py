@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
+from gated_llama.conversion.official import FLAGS, gate_type_of, is_official
 from gated_llama.errors import UserError
-from gated_llama.official import FLAGS, gate_type_of, is_official
 
 
 # Mean the same in every family.

@@ -12,10 +12,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from gated_llama.checkpoint import GATES_NAME
+from gated_llama.checkpoints.folder import GATES_NAME
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_parameter_groups, gate_parameters, is_gate
-from gated_llama.monitor import GateMonitor, LiveView, LossGuard
+from gated_llama.training.monitor import GateMonitor, LiveView, LossGuard
 
 
 class GateTraining:

@@ -19,14 +19,14 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors import safe_open
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import configuration_gated
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
-from gated_llama import __version__, official
-from gated_llama.card import conversion_card, is_hub_id
-from gated_llama.checkpoint import (
+from gated_llama import __version__
+from gated_llama.checkpoints.card import conversion_card, is_hub_id
+from gated_llama.checkpoints.folder import (
     CONFIG_NAME,
     GATES_NAME,
     SINGLE_SHARD,
@@ -41,14 +41,24 @@ from gated_llama.checkpoint import (
     read_checkpoint,
     refuse_nesting,
 )
+from gated_llama.checkpoints.shards import (
+    DTYPE_NAMES,
+    DTYPES,
+    Recipe,
+    carried,
+    split_by_size,
+    write_index,
+    write_shards,
+)
+from gated_llama.conversion import official
+from gated_llama.conversion.classes import load_model, shapes_of
+from gated_llama.conversion.families import Origin, gate_settings, gated_config, recognise
+from gated_llama.conversion.tokenizer import Kept, keep_tokenizer
+from gated_llama.conversion.verify import Verification
+from gated_llama.conversion.verify import verify as compare
 from gated_llama.errors import UserError
-from gated_llama.families import Origin, gate_settings, gated_config, recognise
 from gated_llama.gates import is_gate
 from gated_llama.loading import refuse_adapter
-from gated_llama.shards import DTYPE_NAMES, DTYPES, Recipe, carried, split_by_size, write_index, write_shards
-from gated_llama.tokenizer import Kept, keep_tokenizer
-from gated_llama.verify import Verification
-from gated_llama.verify import verify as compare
 
 
 # Keys that published checkpoints carry and no model needs. With tied embeddings lm_head.weight is another.
@@ -113,7 +123,7 @@ def convert_checkpoint(
         dtype: `"float32"`, `"float16"` or `"bfloat16"`, to write the weights in it.
         max_shard_size: bytes, or such as `"5GB"`, to write the weights in shards of at most this size.
         link: link to the source's shards instead of copying them; they are then the same bytes on disk.
-        verify: run source and result on the same inputs (see `gated_llama.verify`), and keep the result only if it
+        verify: run source and result on the same inputs (see [`verify`]), and keep the result only if it
             computes what the source computes. None: if the memory suffices.
         force: replace an `output` that is not empty.
         progress: show a bar on stderr.
@@ -196,29 +206,6 @@ def _record(result: ConversionResult, origin: Origin, kept: Kept) -> dict:
         "gated_llama_version": __version__,
         "verification": result.verification and asdict(result.verification),
     }
-
-
-def load_model(model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """Load for a comparison: in the config's dtype, and from a folder that may have no config.json yet."""
-    # The generation config is not compared, and looking for it needs a config.json.
-    return model_class.from_pretrained(
-        folder, config=config, generation_config=GenerationConfig(), local_files_only=True
-    )
-
-
-def shapes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, where: str) -> dict[str, tuple[int, ...]]:
-    """
-    Keys and shapes of the class's checkpoint.
-
-    Raises:
-        UserError: no model can be built from the config, which `where` names.
-    """
-    try:
-        with torch.device("meta"):
-            model = model_class(config)
-    except Exception as error:  # whatever an unknown rope type or activation makes the model class do
-        raise UserError(f"{where} describes no model that can be built: {type(error).__name__} {error}.") from error
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -16,9 +16,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gated_llama.attention import watched
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_modules
+from gated_llama.inspection.attention import decoder_layers, watched
 
 
 SINK_SHARE = 0.3  # ε of the sink rate
@@ -338,11 +338,6 @@ def _without_gates(model: PreTrainedModel, windows: torch.Tensor, batch_size: in
     finally:
         model.set_gate_strength(trained)
     return {name: (loss / len(windows), divergence / len(windows)) for name, (loss, divergence) in sums.items()}
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers, of a model with an adapter too."""
-    return [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
 
 
 class _AttentionSums:

@@ -4,7 +4,7 @@ Write a gated checkpoint in a format that others read:
 
     base       the family it was converted from, while its gates are open: the shards are carried over
     qwen3_5    Transformers' own Qwen3.5 text model, which has this gate: no custom code needed
-    official   the paper authors' layout (see `gated_llama.official`)
+    official   the paper authors' layout (see `gated_llama.conversion.official`)
 """
 
 import json
@@ -23,8 +23,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Qwen3_5F
 
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
-from gated_llama import official
-from gated_llama.checkpoint import (
+from gated_llama.checkpoints.folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Checkpoint,
@@ -34,15 +33,16 @@ from gated_llama.checkpoint import (
     read_checkpoint,
     refuse_nesting,
 )
-from gated_llama.convert import load_model, shapes_of
+from gated_llama.checkpoints.shards import Recipe, carried, write_index, write_shards
+from gated_llama.conversion import official
+from gated_llama.conversion.classes import load_model, shapes_of
+from gated_llama.conversion.families import FAMILIES, base_config, read_gated_config
+from gated_llama.conversion.tokenizer import keep_tokenizer, name_class
+from gated_llama.conversion.verify import Verification
+from gated_llama.conversion.verify import verify as compare_models
 from gated_llama.errors import UserError
-from gated_llama.families import FAMILIES, base_config, read_gated_config
 from gated_llama.gates import is_gate
 from gated_llama.loading import refuse_adapter
-from gated_llama.shards import Recipe, carried, write_index, write_shards
-from gated_llama.tokenizer import keep_tokenizer, name_class
-from gated_llama.verify import Verification
-from gated_llama.verify import verify as compare_models
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from configuration_gated import GatedLlamaConfig
-from gated_llama.checkpoint import Source
-from gated_llama.measurements import numbers
+from gated_llama.checkpoints.folder import Source
+from gated_llama.checkpoints.measurements import numbers
 
 
 PIPELINE_TAGS = {

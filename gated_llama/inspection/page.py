@@ -13,11 +13,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gated_llama.checkpoints.measurements import numbers
 from gated_llama.errors import UserError
-from gated_llama.measurements import numbers
 
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
 # One scale for gates everywhere: 0 shut, 1 open, 2 the most; blue lets less through, red more.
 GATES = {"cmap": "RdBu_r", "vmin": 0.0, "vmax": 2.0}
 SHARES = {"cmap": "magma", "vmin": 0.0, "vmax": 1.0}
