@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from sinks import PAGE, cut, read_texts, token_row
+from sinks import cut, read_texts, token_row
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="run nothing: write the table from the records")
     args = parser.parse_args()
     if args.write:
-        write_table("buys", table(read_records(RECORDS)), PAGE)
+        write_table("buys", table(read_records(RECORDS)))
         return
     names = args.name or [folder.name for folder in args.models]
     for name, folder in zip(names, args.models, strict=True):

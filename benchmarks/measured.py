@@ -1,5 +1,5 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What the benchmarks share: time and peak memory, their summary, records and their circumstances, README tables."""
+"""What the benchmarks share: time and peak memory, their summary, records, the pages' tables."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 # A process begins with the peak of the one that forked it, so a small one must do the forking.
 LAUNCHER = """
@@ -103,10 +103,21 @@ def keep_record(path: Path, record: dict, *keys: str) -> None:
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-def table_in_readme(name: str) -> re.Pattern:
-    """What stands in the README, or in another page, between `<!-- name -->` and `<!-- /name -->`."""
+def table_between(name: str) -> re.Pattern:
+    """What stands in a page between `<!-- name -->` and `<!-- /name -->`."""
     return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
 
 
-def write_table(name: str, table: str, page: Path = README) -> None:
-    page.write_text(table_in_readme(name).sub(lambda match: table, page.read_text(encoding="utf-8")), encoding="utf-8")
+def page_of(name: str) -> Path:
+    """The one page with a table of this name."""
+    (page,) = (page for page in PAGES if f"<!-- {name} -->" in page.read_text(encoding="utf-8"))
+    return page
+
+
+def read_table(name: str) -> str:
+    return table_between(name).search(page_of(name).read_text(encoding="utf-8"))[0]
+
+
+def write_table(name: str, table: str) -> None:
+    page = page_of(name)
+    page.write_text(table_between(name).sub(lambda match: table, page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -27,10 +27,10 @@ from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, losses
 from gated_llama.sinks.layers import sink_tokens, state_lengths
 from gated_llama.sinks.move import MoveSettings, add_biases, move_sinks
-from measured import RESULTS, ROOT, circumstances, digest, keep_record, read_records, write_table
+from measured import RESULTS, circumstances, digest, keep_record, read_records, write_table
 
 
-RECORDS, PAGE = RESULTS / "sinks.jsonl", ROOT / "docs" / "sinks.md"
+RECORDS = RESULTS / "sinks.jsonl"
 BEGINNING = "<|endoftext|>"
 BASE = "base"
 WINDOWS, LENGTH = 32, 256  # of each kind that are judged
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="run nothing: write the table from the records")
     args = parser.parse_args()
     if args.write:
-        write_table("sinks", table(read_records(RECORDS)), PAGE)
+        write_table("sinks", table(read_records(RECORDS)))
     elif args.text is None or args.held_out is None:
         parser.error("give --text and --held-out, or --write")
     else:

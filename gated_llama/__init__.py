@@ -7,12 +7,43 @@ modeling_gated` makes the Auto classes know GatedLlama.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:  # so that editors see the names that come lazily
+    from gated_llama.adapters import gated_lora_config as gated_lora_config
+    from gated_llama.conversion.convert import ConversionResult as ConversionResult
+    from gated_llama.conversion.convert import convert_checkpoint as convert_checkpoint
+    from gated_llama.conversion.export import ExportResult as ExportResult
+    from gated_llama.conversion.export import export_checkpoint as export_checkpoint
+    from gated_llama.data import token_windows as token_windows
+    from gated_llama.errors import UserError as UserError
+    from gated_llama.errors import VerificationError as VerificationError
+    from gated_llama.gates import gate_parameter_groups as gate_parameter_groups
+    from gated_llama.gates import train_only_gates as train_only_gates
+    from gated_llama.inspection.measure import Measurements as Measurements
+    from gated_llama.inspection.measure import measure as measure
+    from gated_llama.loading import load_adapter as load_adapter
+    from gated_llama.merge import MergeResult as MergeResult
+    from gated_llama.merge import merge_adapter as merge_adapter
+    from gated_llama.sinks.move import move_sinks as move_sinks
+    from gated_llama.sinks.recipe import DesinkResult as DesinkResult
+    from gated_llama.sinks.recipe import DesinkSettings as DesinkSettings
+    from gated_llama.sinks.recipe import desink_checkpoint as desink_checkpoint
+    from gated_llama.training.finetune import FinetuneResult as FinetuneResult
+    from gated_llama.training.finetune import FinetuneSettings as FinetuneSettings
+    from gated_llama.training.finetune import finetune_checkpoint as finetune_checkpoint
+    from gated_llama.training.monitor import GateMonitor as GateMonitor
+    from gated_llama.training.trainer import GatedTrainer as GatedTrainer
+    from gated_llama.training.trainer import GateTraining as GateTraining
 
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ConversionResult": "conversion.convert",
+    "DesinkResult": "sinks.recipe",
+    "DesinkSettings": "sinks.recipe",
     "ExportResult": "conversion.export",
     "FinetuneResult": "training.finetune",
     "FinetuneSettings": "training.finetune",
@@ -24,6 +55,7 @@ _HOME = {
     "UserError": "errors",
     "VerificationError": "errors",
     "convert_checkpoint": "conversion.convert",
+    "desink_checkpoint": "sinks.recipe",
     "export_checkpoint": "conversion.export",
     "finetune_checkpoint": "training.finetune",
     "gate_parameter_groups": "gates",
@@ -31,6 +63,7 @@ _HOME = {
     "load_adapter": "loading",
     "measure": "inspection.measure",
     "merge_adapter": "merge",
+    "move_sinks": "sinks.move",
     "token_windows": "data",
     "train_only_gates": "gates",
 }

@@ -19,17 +19,18 @@ import spotlight
 from fresh import run_fresh
 from gated_llama.scripts.cli import main
 from hub import local_hub
-from measured import read_records, table_in_readme
+from measured import PAGES, read_records, read_table
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import published, source_model, tiny_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
 def snippets(language: str) -> dict[str, str]:
-    return dict(re.findall(rf"<!-- test: ([\w-]+) -->\n```{language}\n(.*?)```", README, re.DOTALL))
+    return dict(re.findall(rf"<!-- test: ([\w-]+) -->\n```{language}\n(.*?)```", TEXT, re.DOTALL))
 
 
 RUN = """
@@ -101,10 +102,10 @@ def test_the_table_of_engines_tells_every_run_and_no_other():
 
 
 def test_tables_are_those_of_the_records():
-    assert table_in_readme("engines").search(README)[0] == engines.table()
+    assert read_table("engines") == engines.table()
     for name, module in (("spotlight", spotlight), ("paint mixer", paint_mixer), ("pretrain", pretrain)):
         records = read_records(module.RECORDS)
-        assert records and table_in_readme(name).search(README)[0] == module.table(records)
+        assert records and read_table(name) == module.table(records)
 
 
 def test_what_the_textbook_tasks_are_to_show_holds_in_the_records():
@@ -115,20 +116,24 @@ def test_what_the_textbook_tasks_are_to_show_holds_in_the_records():
 
 
 def test_the_table_of_sinks_is_that_of_the_records():
-    page = (ROOT / "docs" / "sinks.md").read_text()
-    assert table_in_readme("sinks").search(page)[0] == sinks.table(read_records(sinks.RECORDS))
+    assert read_table("sinks") == sinks.table(read_records(sinks.RECORDS))
 
 
 def test_the_table_of_speed_is_that_of_the_last_record():
-    assert table_in_readme("speed").search(README)[0] == speed_table.table()
+    assert read_table("speed") == speed_table.table()
     assert speed_table.table().count("\n") > len(speed_table.read()["results"])
 
 
-def test_readme_names_what_exists():
+def test_pages_name_what_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
-    for path in re.findall(r"\]\((\w[\w/.]*)\)", README):
-        assert (ROOT / path).exists(), path
+    assert set(re.findall(r"`make ([a-z-]+)", TEXT)) <= targets
+    for page in PAGES:
+        for path in re.findall(r"\]\(([\w.][\w/.-]*)(?:#[\w-]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / path).exists(), (page, path)
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len(README.splitlines()) <= 200 and max(map(len, README.splitlines())) < 400
 
 
 def test_demo_runs_to_its_end(tmp_path):
