@@ -8,12 +8,14 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, FileSystemLoader
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.folder import Source
 from gated_llama.checkpoints.measurements import numbers
 
 
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).with_name("cards")))
 PIPELINE_TAGS = {
     "GatedLlamaForCausalLM": "text-generation",
     "GatedLlamaModel": "feature-extraction",
@@ -30,19 +32,6 @@ AUTO_CLASSES = {
 }
 FROM_BASE = ("license", "license_name", "license_link", "language")
 
-CITATION = """## Citation
-
-```bibtex
-@inproceedings{qiu2025gated,
-  title = {Gated Attention for Large Language Models: Non-linearity, Sparsity, and Attention-Sink-Free},
-  author = {Qiu, Zihan and others},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2025},
-  eprint = {2505.06708},
-  archivePrefix = {arXiv}
-}
-```"""
-
 UNCHANGED = "The base model's weight files are unchanged, byte for byte; the gates are in `model-gates.safetensors`."
 REWRITTEN = "The weights were written anew; the gates are in `model-gates.safetensors`."
 UNTRAINED = "The gates have not been trained. On its own, adding gates changes neither quality nor attention sinks."
@@ -50,129 +39,14 @@ UNTRAINED = "The gates have not been trained. On its own, adding gates changes n
 NO_LINK = "#how-it-was-made"  # of a source that has no page on the Hub
 
 # What stands between these is written anew by the tools; the text around them is the author's.
+CITATION = "## Citation\n"
 BEGIN, END = "<!-- gated-llama: begin -->", "<!-- gated-llama: end -->"
-
-INTRODUCTION = """with gated attention: the attention output of every layer is multiplied by a gate computed from
-the hidden state that the queries read, before `o_proj` ([Qiu et al., 2025](https://arxiv.org/abs/2505.06708))."""
-
-GATES = """| gate | value |
-|---|---|
-| type | {{ config.gate_type }} |
-| value | {{ "%g" | format(config.gate_scale) }} · σ(x · W{% if config.gate_bias %} + b{% endif %}) |
-"""
-
-ORIGIN = """{% if conversion %}The gates were added to {{ conversion.source }}{% if conversion.revision %} (commit
-`{{ conversion.revision }}`){% endif %} by `gated-llama convert`.
-{% endif %}"""
-
-LOADING = """## How it is loaded
-
-With the gated-llama package installed, which needs no remote code:
-
-```python
-import modeling_gated  # registers the Auto classes
-from {{ library }} import {{ auto_class }}
-
-model = {{ auto_class }}.from_pretrained("path or id of this repository")
-```
-
-Without it, `{{ auto_class }}.from_pretrained(…, trust_remote_code=True)` runs the two Python files beside the weights{%
-if library == "peft" %} of the base model{% endif %}: read them first. `AutoTokenizer.from_pretrained` alone asks for
-it too, since Transformers reads the model's config to choose the tokenizer's class.
-"""
-
-CONVERSION = f"""# {{{{ name }}}}
-
-[{{{{ source }}}}]({{{{ source_link }}}}){{% if revision %}} (commit `{{{{ revision }}}}`){{% endif %}}
-{INTRODUCTION} {{{{ weights }}}}
-
-{GATES}| start | {{{{ start }}}} |
-| parameters | {{{{ "{{:,}}".format(gate_parameters) }}}} beside {{{{ "{{:,}}".format(other_parameters) }}}} |
-
-{{{{ trained }}}}
-
-## How it was made
-
-```bash
-{{{{ command }}}}
-```
-
-**Verified:** {{{{ verified }}}}.
-
-{LOADING}"""
 
 TRAINED = {
     "lora": "A LoRA adapter, and the gates trained whole beside it",
     "gates": "The gates were trained; every other weight is as it was",
     "full": "All weights were trained",
 }
-FINETUNING = f"""# {{{{ name }}}}
-
-{{{{ what }}}}: fine-tuned from {{{{ source }}}}{{% if revision %}} (commit `{{{{ revision }}}}`){{% endif %}}, a model
-{INTRODUCTION}
-
-{GATES}
-{ORIGIN}
-## How it was trained
-
-```bash
-{{{{ command }}}}
-```
-
-| | |
-|---|---|
-| trained | {{{{ trained }}}} |
-| data | {{{{ result.data }}}} |
-| steps | {{{{ result.steps }}}} |
-| tokens seen in training | {{{{ "{{:,}}".format(result.tokens) }}}} |
-{{% for name, value in settings.items() %}}| {{{{ name }}}} | {{{{ value }}}} |
-{{% endfor %}}
-{{% if losses %}}Held-out loss, nats a token: {{{{ losses }}}}. {{% endif %}}{{{{ result.verdict }}}}
-
-{LOADING}"""
-
-SAVED = f"""# {{{{ name }}}}
-
-A model {INTRODUCTION}
-
-{GATES}
-{ORIGIN}
-{LOADING}"""
-
-MERGED = f"""# {{{{ name }}}}
-
-The adapter `{{{{ adapter }}}}`, merged into {{{{ source }}}}{{% if revision %}} (commit
-`{{{{ revision }}}}`){{% endif %}}, a model {INTRODUCTION}
-
-{GATES}
-{ORIGIN}
-{LOADING}"""
-
-DESINKING = f"""# {{{{ name }}}}
-
-{{{{ source }}}}{{% if revision %}} (commit `{{{{ revision }}}}`){{% endif %}} without {{{{ what }}}}: a model
-{INTRODUCTION}
-
-{GATES}
-## How it was made
-
-```bash
-{{{{ command }}}}
-```
-
-| step | tokens | loss on held-out text | attention to the most attended key | largest activation |
-|---|---|---|---|---|
-{{% for name, tokens, now in steps %}}| {{{{ name }}}} | {{{{ tokens }}}} | {{{{ "%.4f" | format(now.loss) }}}} | {{{{
-"%.3f" | format(now.most_attended) }}}} | {{{{ "{{:,.0f}}".format(now.m_act) }}}} |
-{{% endfor %}}
-On {{{{ result.text }}}}, with windows cut anywhere and begun with each special token; costs in nats a token:
-
-| | before | after |
-|---|---|---|
-{{% for name, before, after in result.rows() %}}| {{{{ name }}}} | {{{{ before }}}} | {{{{ after }}}} |
-{{% endfor %}}
-{LOADING}"""
-
 MEASURED = """## Measured
 
 By `gated-llama inspect`, on {windows} windows of {length} tokens.
@@ -205,7 +79,7 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
     card_data = _of_whole_model(architecture, base_model=result.source, **_base_card_fields(source_folder))
     return _card(
         card_data,
-        CONVERSION,
+        "conversion",
         name=Path(result.output).name,
         source=result.source,
         source_link=_link(result.source) if source.on_hub or is_hub_id(result.source) else NO_LINK,
@@ -234,9 +108,10 @@ def _of_whole_model(architecture: str, **fields) -> ModelCardData:
 
 
 def _card(card_data: ModelCardData, body: str, **values) -> str:
-    """Metadata, and the generated part between its marks."""
-    template = "\n".join(["---\n{{ card_data }}\n---\n", BEGIN, body, CITATION, END, ""])
-    return str(ModelCard.from_template(card_data, template_str=template, **values))
+    """Metadata, and the generated part between its marks, whose text is in `cards/{body}.md.jinja`."""
+    template = TEMPLATES.get_template("card.md.jinja")
+    values |= {"card_data": card_data, "body": f"{body}.md.jinja", "begin": BEGIN, "end": END}
+    return str(ModelCard(template.render(values)))
 
 
 def _base_card_fields(folder: Path) -> dict:
@@ -297,7 +172,7 @@ def finetuning_card(result, source: Source, config: GatedLlamaConfig, asked: dic
     }
     return _card(
         card_data,
-        FINETUNING,
+        "finetuning",
         name=Path(result.output).name,
         source=source.name,
         revision=source.revision,
@@ -336,7 +211,7 @@ def saved_card(config: GatedLlamaConfig, folder: Path) -> str:
     card_data = _of_whole_model(architecture, **base)
     return _card(
         card_data,
-        SAVED,
+        "saved",
         name=folder.resolve().name,
         config=config,
         conversion=config.conversion,
@@ -351,7 +226,7 @@ def merged_card(config: GatedLlamaConfig, base: Source, adapter: Path, output: P
     card_data = _of_whole_model(architecture, base_model=base.name, **_base_card_fields(base.folder))
     return _card(
         card_data,
-        MERGED,
+        "merged",
         name=output.resolve().name,
         adapter=adapter.resolve().name,
         source=base.name,
@@ -376,7 +251,7 @@ def desinking_card(result, source: Source, config: GatedLlamaConfig, asked: dict
     words += [word for name in options for word in _option(name, asked[name])]
     return _card(
         _of_whole_model(config.architectures[0], base_model=source.name, **_base_card_fields(source.folder)),
-        DESINKING,
+        "desinking",
         name=Path(result.output).resolve().name,
         source=source.name,
         revision=source.revision,
