@@ -1,7 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-What the gate costs, by the last record that bench_speed.py wrote on a CPU, against the goals: `python
-benchmarks/speed_table.py` writes the README's table and docs/speed.png anew.
+What the gate costs, by the last records that bench_speed.py wrote on a CPU and on a GPU, against the goals: `python
+benchmarks/speed_table.py` writes the tables of docs/speed.md and docs/speed.png anew.
 """
 
 from pathlib import Path
@@ -77,8 +77,8 @@ def plain_row(result: dict, on: str) -> str:
     return f"{result['shape'] + ': ' + name_of(result):60}{noise:>8}" + "".join(f"{ratio:>18}" for ratio in ratios)
 
 
-def table() -> str:
-    record = read()
+def table(on: str = "cpu") -> str:
+    record = read(on)
     head = ("", "noise", "headwise", "elementwise", "AFMoE", "Qwen3.5", "hooks, headwise", "hooks, elementwise")
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for shape, results in by_shape(record):
@@ -134,4 +134,5 @@ def draw(record: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     write_table("speed", table())
+    write_table("speed on a GPU", table("cuda"))
     draw(read(), ROOT / "docs" / "speed.png")

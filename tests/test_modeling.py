@@ -41,7 +41,7 @@ def move_gates(model, to: float = 0.5):
 @torch.no_grad()
 def logits_of(model):
     """Odd shapes: padding left and right, and the last tokens one by one through a cache."""
-    ids = token_ids()
+    ids = token_ids().to(model.device)
     mask = left_padding(ids)
     seen = [model(ids).logits, model(ids, attention_mask=mask).logits[mask.bool()]]
     right = mask.flip(1)
