@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gated_llama.checkpoints.folder import GATES_NAME, SINGLE_SHARD, WEIGHTS_NAME, Checkpoint
-from gated_llama.checkpoints.shards import Recipe, carried, write_index, write_shards
+from gated_llama.checkpoints.shards import TensorPlan, carried, write_index, write_shards
 from gated_llama.errors import UserError
 
 
@@ -92,12 +92,12 @@ def write_with_gates(
     have = {key: info.shape for key, info in checkpoint.tensors.items() if is_gate(key)}
     if have != {key: tuple(gate.shape) for key, gate in gates.items()}:
         raise UserError(f"{checkpoint.folder} has other gates than those to write into it: use the checkpoint trained.")
-    recipes = {}
+    plans = {}
     for key, info in checkpoint.tensors.items():
         if key in gates:
-            recipes[key] = Recipe(replace(info, file=GATES_NAME), make=lambda gate=gates[key]: gate)
+            plans[key] = TensorPlan(replace(info, file=GATES_NAME), make=lambda gate=gates[key]: gate)
         else:
-            recipes[key] = carried(key, info, file=SINGLE_SHARD if info.file == WEIGHTS_NAME else info.file)
-    write_shards(checkpoint, recipes, folder, link=link, progress=progress)
-    write_index(folder, recipes)
+            plans[key] = carried(key, info, file=SINGLE_SHARD if info.file == WEIGHTS_NAME else info.file)
+    write_shards(checkpoint, plans, folder, link=link, progress=progress)
+    write_index(folder, plans)
     checkpoint.copy_carried(folder)

@@ -13,11 +13,11 @@ def maps(model, ids, **inputs):
     """The attention maps (B, N, T, T) of each layer, put together from the blocks."""
     layers = {}
 
-    def watcher(layer, start, first, weights, output):
+    def callback(layer, start, first, weights, output):
         whole = layers.setdefault(layer, torch.zeros(*weights.shape[:2], ids.shape[1], ids.shape[1]))
         whole[:, :, start : start + weights.shape[2], first : first + weights.shape[3]] = weights
 
-    with torch.no_grad(), attention.watched(model, watcher):
+    with torch.no_grad(), attention.capture_attention(model, callback):
         logits = model(ids, use_cache=False, **inputs).logits
     return logits, [layers[layer] for layer in sorted(layers)]
 
@@ -32,14 +32,14 @@ def test_maps_are_the_eager_ones(monkeypatch, variant, block):
     for inputs in ({}, {"attention_mask": mask}):
         with torch.no_grad():
             expected = model(ids, use_cache=False, output_attentions=True, **inputs)
-        logits, watched = maps(model, ids, **inputs)
+        logits, capture_attention = maps(model, ids, **inputs)
         real = mask.bool() if inputs else torch.ones_like(mask).bool()
         torch.testing.assert_close(logits[real], expected.logits[real], rtol=1e-5, atol=2e-5)
-        assert len(watched) == len(expected.attentions) == 3
-        for ours, theirs in zip(watched, expected.attentions, strict=True):
+        assert len(capture_attention) == len(expected.attentions) == 3
+        for ours, theirs in zip(capture_attention, expected.attentions, strict=True):
             rows = real[:, None, :, None].expand_as(ours)  # what padding looks at means nothing
             torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-4, atol=1e-6)
-    assert model.config._attn_implementation == "eager" and not attention._watchers
+    assert model.config._attn_implementation == "eager" and not attention._callbacks
 
 
 def test_control_a_window_that_is_forgotten_is_seen(monkeypatch):
@@ -55,12 +55,12 @@ def test_control_a_window_that_is_forgotten_is_seen(monkeypatch):
 def test_an_error_lets_go_of_the_model():
     model = source_model("llama")
 
-    def watcher(*args):
+    def callback(*args):
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), attention.watched(model, watcher):
+    with pytest.raises(ZeroDivisionError), attention.capture_attention(model, callback):
         model(token_ids())
-    assert model.config._attn_implementation == "sdpa" and not attention._watchers
+    assert model.config._attn_implementation == "sdpa" and not attention._callbacks
 
 
 def test_half_precision_follows_eager():
@@ -68,6 +68,6 @@ def test_half_precision_follows_eager():
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model(token_ids(), output_attentions=True)
-    logits, watched = maps(model, token_ids())
+    logits, capture_attention = maps(model, token_ids())
     torch.testing.assert_close(logits, expected.logits, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(watched[0], expected.attentions[0].float(), rtol=2e-2, atol=4e-3)
+    torch.testing.assert_close(capture_attention[0], expected.attentions[0].float(), rtol=2e-2, atol=4e-3)

@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from gated_llama import gated_lora_config
 from gated_llama.errors import UserError
-from gated_llama.inspection.attention import watched
+from gated_llama.inspection.attention import capture_attention
 from gated_llama.scripts.cli import main
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, last_tokens, losses, quantized
@@ -123,7 +123,9 @@ def test_a_head_is_a_mixture_of_its_sinks_value_and_of_the_rest():
     seen, values = {}, {}
     for n, layer in enumerate(model.model.layers):
         layer.self_attn.v_proj.register_forward_hook(lambda m, i, output, n=n: values.update({n: output}))
-    with watched(model, lambda layer, start, first, weights, output: seen.update({layer: (weights.double(), output)})):
+    with capture_attention(
+        model, lambda layer, start, first, weights, output: seen.update({layer: (weights.double(), output)})
+    ):
         model(token_ids())
     for layer, (weights, output) in seen.items():
         value = values[layer].unflatten(2, (2, -1)).repeat_interleave(3, 2).transpose(1, 2)  # (B, N, T, H)

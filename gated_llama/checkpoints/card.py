@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.folder import Source
-from gated_llama.checkpoints.measurements import numbers
+from gated_llama.checkpoints.measurements import summary_rows
 
 
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).with_name("cards")))
@@ -298,7 +298,7 @@ def with_measurements(card: str, measured: list[dict]) -> str:
     before, generated, after = _parts(card.text)
     names = [Path(model["model"]).name for model in measured]
     rows = [["", *names], ["---"] * (1 + len(names))]
-    rows += [[f"{name} ({source})" if source else name, *values] for name, source, values in numbers(measured)]
+    rows += [[f"{name} ({source})" if source else name, *values] for name, source, values in summary_rows(measured)]
     section = MEASURED.format(
         windows=measured[0]["windows"],
         length=measured[0]["length"],

@@ -27,7 +27,7 @@ def read_measurements(paths: list[str | Path]) -> list[dict]:
     return measured
 
 
-def numbers(measured: list[dict]) -> list[tuple[str, str, list[str]]]:
+def summary_rows(measured: list[dict]) -> list[tuple[str, str, list[str]]]:
     """The rows of the table: what it is, by whose definition, the value for each model."""
     rows = [
         ("Loss, nats a token", "windows apart, every predicted token", lambda m: f"{m['loss']:.4f}"),

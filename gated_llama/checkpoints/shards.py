@@ -23,7 +23,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TensorPlan:
     """
     How one tensor of the new checkpoint is made.
 
@@ -41,46 +41,44 @@ class Recipe:
         return int(re.sub(r"\D", "", self.info.dtype)) // 8 * math.prod(self.info.shape)  # F32, BF16, I64 …
 
 
-def carried(key: str, info: TensorInfo, **changes) -> Recipe:
+def carried(key: str, info: TensorInfo, **changes) -> TensorPlan:
     """A tensor as it is, but for what `changes` says of its file or dtype."""
-    return Recipe(replace(info, **changes), inputs=(key,))
+    return TensorPlan(replace(info, **changes), inputs=(key,))
 
 
-def split_by_size(recipes: dict[str, Recipe], limit: int, keep: str) -> dict[str, Recipe]:
+def split_by_size(plans: dict[str, TensorPlan], limit: int, keep: str) -> dict[str, TensorPlan]:
     """New shard names, so that no shard but `keep`, which stays, exceeds `limit` bytes unless one tensor does."""
-    shards: list[dict[str, Recipe]] = [{}]
+    shards: list[dict[str, TensorPlan]] = [{}]
     size = 0
-    for key, recipe in sorted(recipes.items(), key=lambda item: (item[1].info.file, item[0])):
-        if recipe.info.file == keep:
+    for key, plan in sorted(plans.items(), key=lambda item: (item[1].info.file, item[0])):
+        if plan.info.file == keep:
             continue
-        if shards[-1] and size + recipe.size > limit:
+        if shards[-1] and size + plan.size > limit:
             shards.append({})
             size = 0
-        shards[-1][key] = recipe
-        size += recipe.size
-    named = {key: recipe for key, recipe in recipes.items() if recipe.info.file == keep}
+        shards[-1][key] = plan
+        size += plan.size
+    named = {key: plan for key, plan in plans.items() if plan.info.file == keep}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        named |= {key: replace(recipe, info=replace(recipe.info, file=name)) for key, recipe in shard.items()}
+        named |= {key: replace(plan, info=replace(plan.info, file=name)) for key, plan in shard.items()}
     return named
 
 
 def write_shards(
-    checkpoint: Checkpoint, recipes: dict[str, Recipe], folder: Path, *, link: bool = False, progress: bool = True
+    checkpoint: Checkpoint, plans: dict[str, TensorPlan], folder: Path, *, link: bool = False, progress: bool = True
 ) -> int:
     """
-    Write every shard that `recipes` name to `folder`; with `link`, those that are carried over are links.
+    Write every shard that `plans` name to `folder`; with `link`, those that are carried over are links.
 
     Returns:
         The bytes of shards that were carried over whole.
     """
-    sources = _shards_to_carry(checkpoint, recipes)
-    shards = sorted({recipe.info.file for recipe in recipes.values()})
+    sources = _shards_to_carry(checkpoint, plans)
+    shards = sorted({plan.info.file for plan in plans.values()})
     sizes = {shard: (checkpoint.folder / source).stat().st_size for shard, source in sources.items()}
-    written = {
-        shard: {k: r for k, r in recipes.items() if r.info.file == shard} for shard in set(shards) - set(sources)
-    }
-    total = sum(sizes.values()) + sum(recipe.size for shard in written.values() for recipe in shard.values())
+    written = {shard: {k: r for k, r in plans.items() if r.info.file == shard} for shard in set(shards) - set(sources)}
+    total = sum(sizes.values()) + sum(plan.size for shard in written.values() for plan in shard.values())
     with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         for shard in shards:
             bar.set_description(shard)
@@ -94,62 +92,62 @@ def write_shards(
     return sum(sizes.values())
 
 
-def _shards_to_carry(checkpoint: Checkpoint, recipes: dict[str, Recipe]) -> dict[str, str]:
+def _shards_to_carry(checkpoint: Checkpoint, plans: dict[str, TensorPlan]) -> dict[str, str]:
     """New name to old name of the shards that hold the same tensors, all of them as they are."""
     old: dict[str, set] = {}
     for key, info in checkpoint.tensors.items():
         old.setdefault(info.file, set()).add(key)
-    new: dict[str, dict[str, Recipe]] = {}
-    for key, recipe in recipes.items():
-        new.setdefault(recipe.info.file, {})[key] = recipe
+    new: dict[str, dict[str, TensorPlan]] = {}
+    for key, plan in plans.items():
+        new.setdefault(plan.info.file, {})[key] = plan
     found = {}
     for shard, members in new.items():
         source = checkpoint.tensors.get(next(iter(members)))
         if source is None or old[source.file] != members.keys():
             continue
         if all(
-            recipe.make is None and recipe.inputs == (key,) and recipe.info.dtype == checkpoint.tensors[key].dtype
-            for key, recipe in members.items()
+            plan.make is None and plan.inputs == (key,) and plan.info.dtype == checkpoint.tensors[key].dtype
+            for key, plan in members.items()
         ):
             found[shard] = source.file
     return found
 
 
 def _write_shard(
-    checkpoint: Checkpoint, recipes: dict[str, Recipe], path: Path, on_bytes: Callable[[int], None]
+    checkpoint: Checkpoint, plans: dict[str, TensorPlan], path: Path, on_bytes: Callable[[int], None]
 ) -> None:
     """The safetensors format (huggingface/safetensors, README): the header's length, the header, the tensors' bytes."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     # Widest first keeps every tensor aligned to its own width.
-    ordered = sorted(recipes.items(), key=lambda item: (-int(re.sub(r"\D", "", item[1].info.dtype)), item[0]))
-    for key, recipe in ordered:
-        end = offset + recipe.size
-        header[key] = {"dtype": recipe.info.dtype, "shape": list(recipe.info.shape), "data_offsets": [offset, end]}
+    ordered = sorted(plans.items(), key=lambda item: (-int(re.sub(r"\D", "", item[1].info.dtype)), item[0]))
+    for key, plan in ordered:
+        end = offset + plan.size
+        header[key] = {"dtype": plan.info.dtype, "shape": list(plan.info.shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "xb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for key, recipe in ordered:
-            tensor = _make(checkpoint, recipe)
-            if tensor.shape != recipe.info.shape:
-                raise AssertionError(f"{key} was made with shape {list(tensor.shape)}, not {list(recipe.info.shape)}")
+        for key, plan in ordered:
+            tensor = _make(checkpoint, plan)
+            if tensor.shape != plan.info.shape:
+                raise AssertionError(f"{key} was made with shape {list(tensor.shape)}, not {list(plan.info.shape)}")
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            on_bytes(recipe.size)
+            on_bytes(plan.size)
 
 
-def _make(checkpoint: Checkpoint, recipe: Recipe) -> torch.Tensor:
+def _make(checkpoint: Checkpoint, plan: TensorPlan) -> torch.Tensor:
     inputs = []
-    for key in recipe.inputs:
+    for key in plan.inputs:
         with safe_open(checkpoint.folder / checkpoint.tensors[key].file, framework="pt") as file:
             inputs.append(file.get_tensor(key))
-    tensor = recipe.make(*inputs) if recipe.make else inputs[0]
-    dtype = DTYPES.get(recipe.info.dtype)
+    tensor = plan.make(*inputs) if plan.make else inputs[0]
+    dtype = DTYPES.get(plan.info.dtype)
     return tensor if dtype is None else tensor.to(dtype)
 
 
-def write_index(folder: Path, recipes: dict[str, Recipe]) -> None:
+def write_index(folder: Path, plans: dict[str, TensorPlan]) -> None:
     """Write the index that joins the shards of `folder`."""
-    weight_map = {key: recipes[key].info.file for key in sorted(recipes)}
-    index = {"metadata": {"total_size": sum(recipe.size for recipe in recipes.values())}, "weight_map": weight_map}
+    weight_map = {key: plans[key].info.file for key in sorted(plans)}
+    index = {"metadata": {"total_size": sum(plan.size for plan in plans.values())}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -44,7 +44,7 @@ from gated_llama.checkpoints.folder import (
 from gated_llama.checkpoints.shards import (
     DTYPE_NAMES,
     DTYPES,
-    Recipe,
+    TensorPlan,
     carried,
     split_by_size,
     write_index,
@@ -147,12 +147,12 @@ def convert_checkpoint(
     config = gated_config(origin, settings, where=where)
     if dtype is not None:
         config.dtype = _torch_dtype(dtype)
-    recipes = _recipes(checkpoint, origin, config, None if dtype is None else DTYPE_NAMES[config.dtype])
+    plans = _plans(checkpoint, origin, config, None if dtype is None else DTYPE_NAMES[config.dtype])
     if max_shard_size is not None:
-        recipes = split_by_size(recipes, _bytes(max_shard_size), keep=GATES_NAME)
+        plans = split_by_size(plans, _bytes(max_shard_size), keep=GATES_NAME)
     if verify is None:
         verify = _fits_in_memory(checkpoint)
-    sizes = {key: math.prod(recipe.info.shape) for key, recipe in recipes.items()}
+    sizes = {key: math.prod(plan.info.shape) for key, plan in plans.items()}
     gates = sum(size for key, size in sizes.items() if is_gate(key))
     result = ConversionResult(
         output=str(output),
@@ -170,8 +170,8 @@ def convert_checkpoint(
     )
 
     with new_folder(output, force=force) as folder:
-        carried_bytes = write_shards(checkpoint, recipes, folder, link=link, progress=progress)
-        write_index(folder, recipes)
+        carried_bytes = write_shards(checkpoint, plans, folder, link=link, progress=progress)
+        write_index(folder, plans)
         checkpoint.copy_carried(folder)
         for module in (configuration_gated, modeling_gated):
             copy_file(Path(module.__file__), folder / Path(module.__file__).name)
@@ -223,7 +223,9 @@ def _bytes(size: str | int) -> int:
     return value
 
 
-def _recipes(checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig, dtype: str | None) -> dict[str, Recipe]:
+def _plans(
+    checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig, dtype: str | None
+) -> dict[str, TensorPlan]:
     """How every tensor of the result is made, once every key of the source has proved to be one that the model has."""
     where = str(checkpoint.folder / CONFIG_NAME)
     prefix = origin.gated_class.base_model_prefix + "."
@@ -243,37 +245,37 @@ def _recipes(checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig, d
         have |= {key: (fused, *shape[1:]) for key, shape in have.items() if ".q_proj." in key}
     _check_keys(checkpoint, origin, have, tied=config.tie_word_embeddings)
 
-    recipes = {}
+    plans = {}
     for key, info in checkpoint.tensors.items():
         if key in wanted or NOT_NEEDED.fullmatch(key):
             file = GATES_NAME if is_gate(key) else SINGLE_SHARD if info.file == WEIGHTS_NAME else info.file
-            recipes[key] = carried(key, info, file=file, dtype=dtype if dtype and key in wanted else info.dtype)
+            plans[key] = carried(key, info, file=file, dtype=dtype if dtype and key in wanted else info.dtype)
     if origin.layout == "official":
-        for key in [key for key in recipes if ".q_proj." in key]:
-            info = replace(recipes[key].info, shape=wanted[key])
-            recipes[key] = Recipe(info, inputs=(key,), make=partial(official.split_queries, config=config))
+        for key in [key for key in plans if ".q_proj." in key]:
+            info = replace(plans[key].info, shape=wanted[key])
+            plans[key] = TensorPlan(info, inputs=(key,), make=partial(official.split_queries, config=config))
     gate_dtype = dtype or next(info.dtype for key, info in checkpoint.tensors.items() if key.endswith(".q_proj.weight"))
     generator = torch.Generator().manual_seed(0)
     for key, shape in wanted.items():
         if is_gate(key):
             info = TensorInfo(GATES_NAME, dtype or getattr(checkpoint.tensors.get(key), "dtype", gate_dtype), shape)
-            recipes[key] = _gate_recipe(key, info, checkpoint, origin, config, generator)
-    return recipes
+            plans[key] = _gate_plan(key, info, checkpoint, origin, config, generator)
+    return plans
 
 
-def _gate_recipe(
+def _gate_plan(
     key: str, info: TensorInfo, checkpoint: Checkpoint, origin: Origin, config: GatedLlamaConfig, generator
-) -> Recipe:
+) -> TensorPlan:
     if origin.layout == "official":
         fused = key.replace(".attn_gate.proj.", ".q_proj.")
-        return Recipe(info, inputs=(fused,), make=partial(official.split_gates, config=config))
+        return TensorPlan(info, inputs=(fused,), make=partial(official.split_gates, config=config))
     if key in checkpoint.tensors:
         if checkpoint.tensors[key].shape == info.shape:
-            return Recipe(info, inputs=(key,))
-        return Recipe(info, inputs=(key,), make=lambda headwise: headwise.repeat_interleave(config.head_dim, dim=0))
+            return TensorPlan(info, inputs=(key,))
+        return TensorPlan(info, inputs=(key,), make=lambda headwise: headwise.repeat_interleave(config.head_dim, dim=0))
     if origin.layout == "gated":  # a bias that it did not have
-        return Recipe(info, make=lambda: torch.zeros(info.shape))
-    return Recipe(info, make=lambda: _new_gate(key, info.shape, config, generator))
+        return TensorPlan(info, make=lambda: torch.zeros(info.shape))
+    return TensorPlan(info, make=lambda: _new_gate(key, info.shape, config, generator))
 
 
 def _new_gate(key: str, shape: tuple[int, ...], config: GatedLlamaConfig, generator: torch.Generator) -> torch.Tensor:

@@ -33,7 +33,7 @@ from gated_llama.checkpoints.folder import (
     read_checkpoint,
     refuse_nesting,
 )
-from gated_llama.checkpoints.shards import Recipe, carried, write_index, write_shards
+from gated_llama.checkpoints.shards import TensorPlan, carried, write_index, write_shards
 from gated_llama.conversion import official
 from gated_llama.conversion.classes import load_model, shapes_of
 from gated_llama.conversion.families import FAMILIES, base_config, read_gated_config
@@ -63,7 +63,7 @@ class Target:
     """A format: what is written, and how it is loaded to be compared (given the folder and a dtype)."""
 
     config: dict
-    recipes: dict[str, Recipe]
+    plans: dict[str, TensorPlan]
     load: Callable[[Path, torch.dtype | None], PreTrainedModel]
     expect: str
     gates_added: bool = False
@@ -105,9 +105,9 @@ def export_checkpoint(
     target = _target(to, checkpoint, config)
 
     with new_folder(output, force=force) as folder:
-        write_shards(checkpoint, target.recipes, folder, progress=progress)
-        if {recipe.info.file for recipe in target.recipes.values()} != {WEIGHTS_NAME}:
-            write_index(folder, target.recipes)
+        write_shards(checkpoint, target.plans, folder, progress=progress)
+        if {plan.info.file for plan in target.plans.values()} != {WEIGHTS_NAME}:
+            write_index(folder, target.plans)
         checkpoint.copy_carried(folder)
         if to == "base" and "tokenizer_class" in (config.conversion or {}):  # as it was before the conversion
             name_class(folder, config.conversion["tokenizer_class"])
@@ -150,7 +150,7 @@ def _target(to: str, checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target
         raise UserError(f"{error}; {can}.") from None
 
 
-def _without_gates(checkpoint: Checkpoint) -> dict[str, Recipe]:
+def _without_gates(checkpoint: Checkpoint) -> dict[str, TensorPlan]:
     """Everything but the gates, in its shards; alone in one, under the name that needs no index."""
     kept = {key: info for key, info in checkpoint.tensors.items() if not is_gate(key)}
     single = len({info.file for info in kept.values()}) == 1
@@ -171,7 +171,7 @@ def _to_base(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
     base = base_config(model_type, config, base_class.__name__)
     return Target(
         config=_saved(base),
-        recipes=_without_gates(checkpoint),
+        plans=_without_gates(checkpoint),
         load=partial(_load, base_class, base),
         expect="equal" if config.gate_scale == 2 else "rounding",
         gates_added=True,
@@ -216,31 +216,31 @@ def _has_bias(config: GatedLlamaConfig) -> bool:
     return config.attention_bias or config.attention_out_bias or config.gate_bias
 
 
-def _fused_recipes(
+def _fused_plans(
     checkpoint: Checkpoint,
     config: GatedLlamaConfig,
     fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     rows: int,
-) -> dict[str, Recipe]:
+) -> dict[str, TensorPlan]:
     """q_proj takes the gate's rows in, and o_proj the gate's scale (which a σ of its own does not have)."""
-    recipes = _without_gates(checkpoint)
-    for key in [key for key in recipes if key.endswith(".q_proj.weight")]:
-        attention, file = key.removesuffix("q_proj.weight"), recipes[key].info.file
+    plans = _without_gates(checkpoint)
+    for key in [key for key in plans if key.endswith(".q_proj.weight")]:
+        attention, file = key.removesuffix("q_proj.weight"), plans[key].info.file
         for kind in ("weight", "bias") if _has_bias(config) else ("weight",):
-            recipes[f"{attention}q_proj.{kind}"] = _fused(checkpoint, attention, kind, file, fuse, rows)
+            plans[f"{attention}q_proj.{kind}"] = _fused(checkpoint, attention, kind, file, fuse, rows)
         for name in ("k_proj", "v_proj", "o_proj") if _has_bias(config) else ():
             weight = checkpoint.tensors[f"{attention}{name}.weight"]
             zero = replace(weight, file=file, shape=weight.shape[:1])
-            recipes.setdefault(f"{attention}{name}.bias", Recipe(zero, make=partial(torch.zeros, zero.shape)))
+            plans.setdefault(f"{attention}{name}.bias", TensorPlan(zero, make=partial(torch.zeros, zero.shape)))
         if config.gate_scale != 1:
             output = f"{attention}o_proj.weight"
-            recipes[output] = replace(recipes[output], make=partial(torch.mul, other=config.gate_scale))
-    return recipes
+            plans[output] = replace(plans[output], make=partial(torch.mul, other=config.gate_scale))
+    return plans
 
 
 def _fused(
     checkpoint: Checkpoint, attention: str, kind: str, file: str, fuse: Callable[..., torch.Tensor], rows: int
-) -> Recipe:
+) -> TensorPlan:
     """The weight or bias of the queries and of the gates in one; a bias that one of them lacks is zero."""
     parts = [f"{attention}{name}" for name in ("q_proj", "attn_gate.proj")]
     weights = [checkpoint.tensors[f"{part}.weight"] for part in parts]
@@ -252,13 +252,13 @@ def _fused(
 
     shape = (rows, *weights[0].shape[1:]) if kind == "weight" else (rows,)
     inputs = tuple(f"{part}.{kind}" for part, own in zip(parts, have, strict=True) if own)
-    return Recipe(replace(weights[0], file=file, shape=shape), inputs, make)
+    return TensorPlan(replace(weights[0], file=file, shape=shape), inputs, make)
 
 
 def _to_official(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
     _require(config, "official", {"mlp_bias": False}, checkpoint.folder)
     fuse = partial(official.fuse, config=config)
-    recipes = _fused_recipes(checkpoint, config, fuse, official.fused_rows(config))
+    plans = _fused_plans(checkpoint, config, fuse, official.fused_rows(config))
     saved = _saved(base_config("qwen3", config, "Qwen3ForCausalLM"))
     rope = saved.pop("rope_parameters")
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -272,30 +272,30 @@ def _to_official(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
     scaled = deepcopy(config)
     scaled.gate_scale, scaled.gate_init = 1.0, "normal"
     # The projections are compared as the authors' code runs them: fused, on the tensors that were written.
-    return Target(saved, recipes, partial(_load_official, scaled, checkpoint, recipes), expect="rounding")
+    return Target(saved, plans, partial(_load_official, scaled, checkpoint, plans), expect="rounding")
 
 
 def _load_official(
     config: GatedLlamaConfig,
     checkpoint: Checkpoint,
-    recipes: dict[str, Recipe],
+    plans: dict[str, TensorPlan],
     folder: Path,
     dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     model = _load(modeling_gated.GatedLlamaForCausalLM, config, checkpoint.folder, dtype)
     for name, module in model.named_modules():
         if isinstance(module, modeling_gated.GatedLlamaAttention):
-            read = partial(_read, recipes, folder, model.dtype)
+            read = partial(_read, plans, folder, model.dtype)
             weight, bias = read(f"{name}.q_proj.weight"), read(f"{name}.q_proj.bias")
             official.use_fused(module, weight, bias, config)
             module.o_proj.weight.data = read(f"{name}.o_proj.weight")
     return model
 
 
-def _read(recipes: dict[str, Recipe], folder: Path, dtype: torch.dtype, key: str) -> torch.Tensor | None:
-    if key not in recipes:
+def _read(plans: dict[str, TensorPlan], folder: Path, dtype: torch.dtype, key: str) -> torch.Tensor | None:
+    if key not in plans:
         return None
-    with safe_open(folder / recipes[key].info.file, framework="pt") as file:
+    with safe_open(folder / plans[key].info.file, framework="pt") as file:
         return file.get_tensor(key).to(dtype)
 
 
@@ -309,12 +309,10 @@ def _to_qwen3_5(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
         return torch.cat(heads, dim=1).flatten(0, 1)  # of each head [H query rows | H gate rows]
 
     rows = 2 * config.num_attention_heads * config.head_dim
-    recipes = _fused_recipes(checkpoint, config, fuse, rows)
-    for key, recipe in recipes.items():
+    plans = _fused_plans(checkpoint, config, fuse, rows)
+    for key, plan in plans.items():
         if key.endswith("norm.weight"):  # stored as their distance from 1, which fp32 holds for every bf16 weight
-            recipes[key] = replace(
-                recipe, info=replace(recipe.info, dtype="F32"), make=lambda weight: weight.float() - 1
-            )
+            plans[key] = replace(plan, info=replace(plan.info, dtype="F32"), make=lambda weight: weight.float() - 1)
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
         "max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings "
@@ -328,7 +326,7 @@ def _to_qwen3_5(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
         layer_types=["full_attention"] * config.num_hidden_layers,
         architectures=["Qwen3_5ForCausalLM"],
     )
-    return Target(_saved(qwen), recipes, partial(_load, Qwen3_5ForCausalLM, qwen), expect="rounding")
+    return Target(_saved(qwen), plans, partial(_load, Qwen3_5ForCausalLM, qwen), expect="rounding")
 
 
 def _saved(config: PreTrainedConfig) -> dict:

@@ -1,7 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The model families that a gated checkpoint can come from, as data: which config fields say the same in both, which a
-family fixes without saying so, and which of its classes becomes which of ours.
+The model families that a gated checkpoint can come from, as data: which config fields mean the same in both models,
+which a family fixes without saying so, and which of its classes becomes which of ours.
 """
 
 from dataclasses import dataclass, field, fields

@@ -1,6 +1,6 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Attention whose weights can be watched at any length: computed by blocks of queries, so that memory holds a few rows of
+Attention whose weights can be captured at any length: computed by blocks of queries, so that memory holds a few rows of
 the attention map, never the map. Registered with Transformers under a name of its own, it serves every model that takes
 its attention from there.
 """
@@ -18,8 +18,8 @@ BLOCK = 2**23  # attention weights held at once
 
 # Told of each block: the layer, the number of the first query and of the first key in it, the attention weights
 # (B, N, queries, keys), zero where a query does not look, and the output (B, N, queries, H).
-Watcher = Callable[[int, int, int, torch.Tensor, torch.Tensor], None]
-_watchers: list[Watcher] = []
+AttentionCallback = Callable[[int, int, int, torch.Tensor, torch.Tensor], None]
+_callbacks: list[AttentionCallback] = []
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -28,15 +28,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def watched(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
-    """In the block every forward of `model` (without a cache) tells `watcher` its attention weights."""
+def capture_attention(model: PreTrainedModel, callback: AttentionCallback) -> Iterator[None]:
+    """In the block every forward of `model` (without a cache) tells `callback` its attention weights."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
-    _watchers.append(watcher)
+    _callbacks.append(callback)
     try:
         yield
     finally:
-        _watchers.pop()
+        _callbacks.pop()
         model.set_attn_implementation(before)
 
 
@@ -80,8 +80,8 @@ def _attention(
         weights = weights.nan_to_num_()  # of padding, which sees nothing
         block = weights.to(value.dtype).unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, N/K · b, keys)
         output[:, :, start:stop] = (block @ value[:, :, first:stop]).unflatten(2, (groups, -1)).flatten(1, 2)
-        for watcher in _watchers:
-            watcher(module.layer_idx, start, first, weights, output[:, :, start:stop])
+        for callback in _callbacks:
+            callback(module.layer_idx, start, first, weights, output[:, :, start:stop])
     return output.transpose(1, 2).contiguous(), None
 
 

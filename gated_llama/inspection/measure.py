@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_modules
-from gated_llama.inspection.attention import decoder_layers, watched
+from gated_llama.inspection.attention import capture_attention, decoder_layers
 
 
 SINK_SHARE = 0.3  # ε of the sink rate
@@ -200,7 +200,7 @@ def _measure(
     losses = torch.zeros(length - 1, dtype=torch.float64)
     with ExitStack() as stack, tqdm(total=windows.numel(), unit=" tokens", disable=not progress) as bar:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(watched(model, attention.see))
+        stack.enter_context(capture_attention(model, attention.see))
         stack.enter_context(activations.hooked())
         if gate_sums:
             stack.enter_context(gate_sums.hooked())
@@ -251,7 +251,7 @@ def look_at(
         maps[layer, :, start : start + weights.shape[2], first : first + weights.shape[3]] = weights[0].cpu()
 
     with ExitStack() as stack:
-        stack.enter_context(watched(model, see))
+        stack.enter_context(capture_attention(model, see))
         for layer, modules in gate_modules(model).items():
             for module in modules:
                 hook = module.register_forward_hook(

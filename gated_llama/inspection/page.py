@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gated_llama.checkpoints.measurements import numbers
+from gated_llama.checkpoints.measurements import summary_rows
 from gated_llama.errors import UserError
 
 
@@ -50,7 +50,7 @@ def draw(measured: list[dict], folder: str | Path, head: str | None = None) -> P
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["gate_colour"] = gate_colour
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        models=measured, figures=figures, numbers=numbers(measured), zip=zip
+        models=measured, figures=figures, numbers=summary_rows(measured), zip=zip
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
     return folder / "index.html"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gated_llama.inspection.attention import decoder_layers, watched
+from gated_llama.inspection.attention import capture_attention, decoder_layers
 
 
 SINK_SHARE = 0.3  # of a head's attention, from which on a key is its sink (Gu et al., arXiv 2410.10781)
@@ -83,7 +83,7 @@ def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_s
 
     most: dict[int, list[torch.Tensor]] = {}
     with ExitStack() as stack:
-        stack.enter_context(watched(model, see))
+        stack.enter_context(capture_attention(model, see))
         for layer in decoder_layers(model):
             stack.callback(layer.register_forward_hook(see_states).remove)
         for rows in windows.split(batch_size):

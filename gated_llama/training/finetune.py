@@ -49,7 +49,7 @@ from gated_llama.data import Rows, one_row_each, pack, read_documents, shuffled,
 from gated_llama.errors import UserError, first_line
 from gated_llama.gates import gate_parameters, is_gate, train_only_gates, write_with_gates
 from gated_llama.loading import ADAPTER_CONFIG, load, load_tokenizer, refuse_adapter
-from gated_llama.training.trainer import GatedTrainer, has_accelerator, is_sharded, training_arguments, whole
+from gated_llama.training.trainer import GatedTrainer, gathered, has_accelerator, is_sharded, training_arguments
 
 
 # The ways to train, and the learning rates of the weights that are customary for them.
@@ -494,8 +494,8 @@ def _kept(trainer: GatedTrainer) -> str:
     return f" {last} is whole: --resume goes on from it." if last else " No checkpoint had been written."
 
 
-def _told(asked: dict) -> dict:
-    """Of what a run was asked to do, what others want to know: the data, the learning rates, whatever is unusual."""
+def _reported_settings(asked: dict) -> dict:
+    """The settings that the card reports: data, learning rates, and whatever differs from the defaults."""
     usual = json.loads(json.dumps(asdict(FinetuneSettings())))
     told = {name: value for name, value in asked.items() if name in usual and value != usual[name]}
     lr = LEARNING_RATES[asked["train"]] if asked["lr"] is None else asked["lr"]
@@ -520,7 +520,7 @@ def _write_result(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
         if result.train == "gates":
-            gates = {name: whole(gate) for name, gate in gate_parameters(network)}
+            gates = {name: gathered(gate) for name, gate in gate_parameters(network)}
             if main:
                 write_with_gates(checkpoint, gates, partial, link=link, progress=False)
                 copy_file(checkpoint.folder / CONFIG_NAME, partial / CONFIG_NAME)
@@ -537,7 +537,7 @@ def _write_result(
                 for module in (configuration_gated, modeling_gated):
                     shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
             record = read_json(output / RECORD)
-            card = finetuning_card(result, found, config, _told(record["asked"]))
+            card = finetuning_card(result, found, config, _reported_settings(record["asked"]))
             (partial / "README.md").write_text(card, encoding="utf-8")
             record |= {"result": asdict(result), "log": trainer.state.log_history}
             (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

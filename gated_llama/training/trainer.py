@@ -123,7 +123,7 @@ class GatedTrainer(GateTraining, Trainer):
         if not self._saves_gates:
             super()._save(output_dir, state_dict)
             return
-        gates = {name: whole(parameter) for name, parameter in gate_parameters(self.model)}
+        gates = {name: gathered(parameter) for name, parameter in gate_parameters(self.model)}
         if self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
             save_file(gates, os.path.join(output_dir, GATES_NAME), metadata={"format": "pt"})
@@ -171,7 +171,7 @@ def only_gates_are_trained(model: torch.nn.Module) -> bool:
     )
 
 
-def whole(parameter: torch.Tensor) -> torch.Tensor:
+def gathered(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter on the CPU, gathered if it is sharded (then every process must ask)."""
     tensor = parameter.detach()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
