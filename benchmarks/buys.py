@@ -29,7 +29,7 @@ from measured import RESULTS, circumstances, keep_record, read_records, write_ta
 RECORDS = RESULTS / "buys.jsonl"
 LENGTH, WINDOW = 4_096, 256
 STREAM, BLOCK = 20_000, 256  # tokens of one row, and how many of them at once
-PASSAGES, NEEDLES = 100, 40
+PASSAGES, NEEDLES = 100, 20
 FILLER = "The weather stayed the same that day, and nobody in the town had anything to say about it. "
 
 
@@ -102,7 +102,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     found = {"short window": short_window(model, cut(row, args.rows, LENGTH, 7))}
     for name, asked in (
         ("last words", last_words(texts)),
-        *((f"needle, {far} tokens", needles(far)) for far in (200, 1_000, 2_000)),
+        *((f"needle, {far} tokens", needles(far)) for far in (200, 1_500)),
     ):
         scores = [likelihood(model, tokenizer, *pair) for pair in tqdm(asked, desc=name)]
         nats, right = zip(*scores, strict=True)
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="*", help="folders; plain ones are converted first")
     parser.add_argument("--name", nargs="+", default=[], help="of each (default: the folder's)")
     parser.add_argument("--text", type=Path, help="held-out text")
-    parser.add_argument("--rows", type=int, default=4, help="of 4,096 tokens (default: 4)")
+    parser.add_argument("--rows", type=int, default=2, help="of 4,096 tokens (default: 2)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", action="store_true", help="run nothing: write the table from the records")
     args = parser.parse_args()

@@ -384,8 +384,12 @@ def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, 
     assert "gated-llama desink plain out --text text.jsonl" in card and "| moved | 2,048 |" in card
     assert str(plain) not in card
     assert not list(plain.glob(".*")) and not (plain / "out" / ".gated").exists()
-    # What was measured last is what was saved.
-    assert result["steps"][-1]["judgement"]["loss"] > 0
+    # It can slide, and stream, without being saved anew.
+    sliding = AutoModelForCausalLM.from_pretrained(plain / "out", dtype="auto", sliding_window=8)
+    ids = token_ids(1, 40)
+    assert sliding.config.attention_types == ["sliding_attention"] * 3
+    logits = [each(ids).logits for each in (model, sliding)]
+    assert torch.equal(logits[0][:, :8], logits[1][:, :8]) and not torch.equal(logits[0][:, 8:], logits[1][:, 8:])
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
