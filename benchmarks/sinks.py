@@ -27,7 +27,7 @@ from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, losses
 from gated_llama.sinks.layers import sink_tokens, state_lengths
 from gated_llama.sinks.move import MoveSettings, add_biases, move_sinks
-from measured import RESULTS, circumstances, digest, keep_record, read_records, write_table
+from measured import RESULTS, ROOT, circumstances, digest, keep_record, read_records, write_table
 
 
 RECORDS = RESULTS / "sinks.jsonl"
@@ -208,6 +208,28 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+DRAWN = (BASE, "moved, gates distilled", "calmed", "calmed, moved, gates distilled")
+PANELS = (("sink rate", "sink_rate"), ("M-Act", "m_act"), ("W8A8 cost, nats", "W8A8, dynamic per tensor"))
+PANELS += (("last 64 tokens only, nats", "short_window"),)
+
+
+def draw(records: list[dict], path: Path) -> None:
+    """What is left of the sink and of what it costs, by recipe, for the first model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 2.6), layout="constrained")
+    of = {record["recipe"]: record for record in records if record["model"] == records[0]["model"]}
+    for axes, (name, key) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS, strict=True):
+        for offset, kind in ((-0.2, "begun"), (0.2, "cut")):
+            values = [{**of[recipe][kind], **of[recipe][kind]["penalties"]}[key] for recipe in DRAWN]
+            axes.barh([place + offset for place in range(len(DRAWN))], values, height=0.38, label=f"windows {kind}")
+        axes.set(title=name, yticks=range(len(DRAWN)))
+        axes.set_yticklabels(DRAWN)
+    axes.invert_yaxis()
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help=f"{', '.join(PACKAGED)}, a folder or an id")
@@ -226,6 +248,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.write:
         write_table("sinks", table(read_records(RECORDS)))
+        draw(read_records(RECORDS), ROOT / "docs" / "recipes.png")
     elif args.text is None or args.held_out is None:
         parser.error("give --text and --held-out, or --write")
     else:
