@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("build/models/smollm2-135m"),
         help="a real model's folder (default: build/models/smollm2-135m; a small one is trained if it is not there)",
     )
-    parser.add_argument("--windows", type=int, default=48, help="of 256 tokens to move its sink by (default: 48)")
+    parser.add_argument("--windows", type=int, default=24, help="of 256 tokens to move its sink by (default: 24)")
     parser.add_argument("--steps", type=int, default=300, help="training steps of the base model (default: 300)")
     parser.add_argument("--gate-steps", type=int, default=250, help="training steps of the gates (default: 250)")
 
@@ -68,7 +68,7 @@ def run_real(args: argparse.Namespace) -> None:
     ids = torch.tensor(tokenizer("\n\n".join(python_reference()), verbose=False).input_ids)
     windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
-    judged, fitted = windows[:16], windows[16 : 16 + args.windows]
+    judged, fitted = windows[:12], windows[12 : 12 + args.windows]
     before = judge(model, judged, judged, quantizations=())
     print(move_sinks(model, fitted, progress=True))
     after = judge(model, judged, judged, quantizations=())
