@@ -185,7 +185,7 @@ def desink_checkpoint(
             now, undone = windows.judge(edited, quantizations=()), False
             so_far = replace(result, steps=[*steps, Step(name, tokens, time.monotonic() - since, undone, now)])
             announce(f"{name} ({tokens:,} tokens, {so_far.steps[-1].seconds:.0f} s): {so_far.verdict()}")
-            if name != "moved" and not now.loss <= (1 + settings.max_loss) * max(before.loss, last.loss):
+            if name != "moved" and not now.loss <= max((1 + settings.max_loss) * before.loss, last.loss):
                 edited.load_state_dict(was)
                 now, undone = last, True
                 announce(f"that is more than {settings.max_loss:.2%} of loss, so it was undone")
@@ -198,7 +198,10 @@ def desink_checkpoint(
 
         def learn(what: str, train: str, tokens: int) -> None:
             rows = windows.cut(tokens, what)
+            calm = train == "layers" or any(done.name == "calmed" and not done.undone for done in steps)
             distilling = DistilSettings(train, batch_size=settings.batch_size)
+            if not calm:  # gates alone cannot calm what is massive
+                distilling = replace(distilling, penalty=0.0)
             step(what, rows.numel(), lambda: distil(edited, base, rows, lengths, distilling, progress=progress))
 
         if settings.calm_tokens:
