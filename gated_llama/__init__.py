@@ -6,7 +6,11 @@ The package is light: it imports neither torch nor transformers until a name is 
 modeling_gated` makes the Auto classes know GatedLlama.
 """
 
+import sys
+import warnings
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING
 
 
@@ -79,3 +83,36 @@ def __getattr__(name):
 
 def __dir__():
     return [*globals(), *__all__]
+
+
+# Modules that are in rooms now; under their old names they can be imported for one release more.
+_MOVED = {
+    **dict.fromkeys(("convert", "export", "families", "official", "tokenizer", "verify"), "conversion"),
+    **dict.fromkeys(("card", "measurements", "shards"), "checkpoints"),
+    **dict.fromkeys(("finetune", "monitor", "trainer"), "training"),
+    "attention": "inspection",
+}
+_MOVED = {f"{__name__}.{old}": f"{__name__}.{room}.{old}" for old, room in _MOVED.items()}
+_MOVED |= {
+    f"{__name__}.checkpoint": f"{__name__}.checkpoints.folder",
+    f"{__name__}.diagnose": f"{__name__}.inspection.measure",
+    f"{__name__}.report": f"{__name__}.inspection.page",
+}
+
+
+class _OldNames(MetaPathFinder, Loader):
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self) if name in _MOVED else None
+
+    def create_module(self, spec):
+        warnings.warn(f"{spec.name} is {_MOVED[spec.name]} now.", FutureWarning, stacklevel=2)
+        module = import_module(_MOVED[spec.name])
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module):
+        module.__spec__ = self.spec  # importing it under the old name has put another there
+
+
+if not any(type(finder).__name__ == "_OldNames" for finder in sys.meta_path):
+    sys.meta_path.append(_OldNames())

@@ -146,6 +146,22 @@ def test_public_names_are_lazy_and_all_there():
         gated_llama.bogus  # noqa: B018
 
 
+def test_modules_that_moved_are_found_under_their_old_names_with_a_warning():
+    code = "import gated_llama, sys\n"
+    code += "for old, new in gated_llama._MOVED.items():\n"
+    code += "    __import__(old)\n"
+    code += "    assert sys.modules[old] is sys.modules[new]\n"
+    code += "from gated_llama.trainer import GatedTrainer; print(GatedTrainer.__module__, GatedTrainer.__name__)\n"
+    code += "import gated_llama.training.trainer as t; print(t.__spec__.name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["gated_llama.training.trainer", "GatedTrainer", "gated_llama.training.trainer"], done
+    assert "gated_llama.trainer is gated_llama.training.trainer now" in done.stderr
+    unknown = subprocess.run(
+        [sys.executable, "-c", "import gated_llama.bogus"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "No module named 'gated_llama.bogus'" in unknown.stderr
+
+
 def test_vllms_plugin_needs_torch_and_transformers_alone():
     """An engine's environment has none of our other requirements; a plugin that cannot be imported is skipped there."""
     others = ["accelerate", "datasets", "hypothesis", "jinja2", "matplotlib", "peft", "psutil"]
