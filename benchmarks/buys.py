@@ -16,11 +16,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from sinks import cut, read_texts, token_row
+from sinks import read_texts, token_row
 from tqdm import tqdm
 from transformers import DynamicCache
 
 from gated_llama import convert_checkpoint
+from gated_llama.data import cut_windows
 from gated_llama.loading import load
 from gated_llama.sinks.judge import last_tokens, losses
 from measured import RESULTS, circumstances, keep_record, read_records, write_table
@@ -99,7 +100,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     model = model.to(args.device)
     texts = read_texts(args.text)
     row = token_row(tokenizer, args.text, 400_000)
-    found = {"short window": short_window(model, cut(row, args.rows, LENGTH, 7))}
+    found = {"short window": short_window(model, cut_windows(row, args.rows, LENGTH, 7))}
     for name, asked in (
         ("last words", last_words(texts)),
         *((f"needle, {far} tokens", needles(far)) for far in (200, 1_500)),

@@ -22,6 +22,7 @@ import torch
 from models import PACKAGED, real_model
 
 from gated_llama import convert_checkpoint
+from gated_llama.data import begun, cut_windows
 from gated_llama.loading import load
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, losses
@@ -89,16 +90,6 @@ def token_row(tokenizer, path: Path, limit: int) -> torch.Tensor:
     return torch.tensor(row[:limit])
 
 
-def cut(tokens: torch.Tensor, count: int, length: int, seed: int, first: int | None = None) -> torch.Tensor:
-    """Windows (count, T) of a long row of tokens, cut anywhere; with the token `first` in front if it is given."""
-    picked = random.Random(seed)
-    starts = [picked.randrange(len(tokens) - length) for _ in range(count)]
-    rows = torch.stack([tokens[start : start + length] for start in starts]).long()
-    if first is not None:
-        rows = torch.cat([torch.full((count, 1), first), rows[:, :-1]], dim=1)
-    return rows
-
-
 def run(args: argparse.Namespace) -> None:
     from gated_llama.conversion.verify import no_bars_of_transformers
 
@@ -110,16 +101,17 @@ def run(args: argparse.Namespace) -> None:
         rows, held_out = (token_row(tokenizer, path, args.tokens) for path in (args.text, args.held_out))
         beginning = tokenizer.convert_tokens_to_ids(BEGINNING)
         judged = {
-            "begun": cut(held_out, args.windows, args.length, 1, beginning),
-            "cut": cut(held_out, args.windows, args.length, 2),
+            "begun": begun(cut_windows(held_out, args.windows, args.length, 1), [beginning]),
+            "cut": cut_windows(held_out, args.windows, args.length, 2),
         }
         wikitext = None
         if args.wikitext:
-            wikitext = cut(token_row(tokenizer, args.wikitext, args.tokens), 48, args.length, 3, beginning)
+            row = token_row(tokenizer, args.wikitext, args.tokens)
+            wikitext = begun(cut_windows(row, 48, args.length, 3), [beginning])
 
         def mixed(count: int, seed: int) -> torch.Tensor:
-            windows = cut(rows, max(2, count // args.scale // args.length), args.length, seed)
-            windows[::2, 1:], windows[::2, 0] = windows[::2, :-1].clone(), beginning
+            windows = cut_windows(rows, max(2, count // args.scale // args.length), args.length, seed)
+            windows[::2] = begun(windows[::2], [beginning])
             return windows
 
         def look(model) -> dict:
@@ -127,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
             return found | ({} if wikitext is None else {"wikitext": losses(model, wikitext).mean().item()})
 
         calibration = mixed(4_096, 5)
-        fitted = mixed(16_384 if args.scale == 1 else 65_536, 11)
+        fitted = mixed(16_384, 11)
         common = {"model": args.model, "text": digest(judged["cut"]), "seed": args.seed}
         for name in (BASE, *args.recipes):
             if {**common, "recipe": name} in [

@@ -186,6 +186,19 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Docume
     return torch.cat([torch.tensor(begin, dtype=rows.dtype).expand(count, len(begin)), rows], dim=1)
 
 
+def cut_windows(tokens: torch.Tensor, count: int, length: int, seed: int | str) -> torch.Tensor:
+    """Windows (count, length) of a long row of tokens, cut anywhere."""
+    drawn = random.Random(seed)
+    starts = [drawn.randrange(len(tokens) - length) for _ in range(count)]
+    return torch.stack([tokens[start : start + length] for start in starts])
+
+
+def begun(windows: torch.Tensor, beginnings: Sequence[int]) -> torch.Tensor:
+    """Windows (B, T) moved on by one for a token in front, of which there may be several: each in turn."""
+    first = torch.tensor([beginnings[row % len(beginnings)] for row in range(len(windows))], dtype=windows.dtype)
+    return torch.cat([first[:, None], windows[:, :-1]], dim=1)
+
+
 def split_off(rows: Rows, share: float, most: int) -> tuple[Rows, Rows | None]:
     """
     The rows to train on, and the last `share` of them, held out: None if that makes no row, and no more of them than

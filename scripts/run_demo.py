@@ -49,6 +49,7 @@ def run_real(args: argparse.Namespace) -> None:
     import modeling_gated  # noqa: F401  (registers the Auto classes)
     from gated_llama import convert_checkpoint
     from gated_llama.conversion.verify import no_bars_of_transformers
+    from gated_llama.data import pack
     from gated_llama.sinks.judge import judge
     from gated_llama.sinks.move import move_sinks
     from gated_llama.sinks.picture import draw_sinks
@@ -65,8 +66,7 @@ def run_real(args: argparse.Namespace) -> None:
     with no_bars_of_transformers():
         model = AutoModelForCausalLM.from_pretrained(gated, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gated)
-    ids = torch.tensor(tokenizer("\n\n".join(python_reference()), verbose=False).input_ids)
-    windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    windows = pack([tokenizer("\n\n".join(python_reference()), verbose=False).input_ids], WINDOW).rows
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
     judged, fitted = windows[:12], windows[12 : 12 + args.windows]
     before = judge(model, judged, judged, quantizations=())

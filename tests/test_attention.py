@@ -32,11 +32,11 @@ def test_maps_are_the_eager_ones(monkeypatch, variant, block):
     for inputs in ({}, {"attention_mask": mask}):
         with torch.no_grad():
             expected = model(ids, use_cache=False, output_attentions=True, **inputs)
-        logits, capture_attention = maps(model, ids, **inputs)
+        logits, captured = maps(model, ids, **inputs)
         real = mask.bool() if inputs else torch.ones_like(mask).bool()
         torch.testing.assert_close(logits[real], expected.logits[real], rtol=1e-5, atol=2e-5)
-        assert len(capture_attention) == len(expected.attentions) == 3
-        for ours, theirs in zip(capture_attention, expected.attentions, strict=True):
+        assert len(captured) == len(expected.attentions) == 3
+        for ours, theirs in zip(captured, expected.attentions, strict=True):
             rows = real[:, None, :, None].expand_as(ours)  # what padding looks at means nothing
             torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-4, atol=1e-6)
     assert model.config._attn_implementation == "eager" and not attention._callbacks
@@ -68,6 +68,6 @@ def test_half_precision_follows_eager():
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model(token_ids(), output_attentions=True)
-    logits, capture_attention = maps(model, token_ids())
+    logits, captured = maps(model, token_ids())
     torch.testing.assert_close(logits, expected.logits, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(capture_attention[0], expected.attentions[0].float(), rtol=2e-2, atol=4e-3)
+    torch.testing.assert_close(captured[0], expected.attentions[0].float(), rtol=2e-2, atol=4e-3)

@@ -38,8 +38,8 @@ UNTRAINED = "The gates have not been trained. On its own, adding gates changes n
 
 NO_LINK = "#how-it-was-made"  # of a source that has no page on the Hub
 
-# What stands between these is written anew by the tools; the text around them is the author's.
 CITATION = "## Citation\n"
+# What stands between these is written anew by the tools; the text around them is the author's.
 BEGIN, END = "<!-- gated-llama: begin -->", "<!-- gated-llama: end -->"
 
 TRAINED = {

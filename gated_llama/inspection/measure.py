@@ -207,7 +207,7 @@ def _measure(
         for part in windows.split(batch_size):
             if gate_sums:
                 gate_sums.begin(part)
-            losses += _losses(model, _states(model, part), part).sum(0)
+            losses += token_losses(model, last_states(model, part), part).sum(0)
             attention.end(part)
             bar.update(part.numel())
     losses /= len(windows)
@@ -258,7 +258,7 @@ def look_at(
                     lambda m, i, output, n=layer: gates.update({n: m.values(output[1][0])})
                 )
                 stack.callback(hook.remove)
-        _states(model, ids)
+        last_states(model, ids)
     by_head = torch.stack([gates[n].float().cpu().unflatten(1, (heads, -1)).mean(2) for n in gates]) if gates else None
     return TextReport(
         tokens=[tokenizer.decode([token]) for token in ids[0].tolist()],
@@ -296,9 +296,9 @@ def _name(model: PreTrainedModel) -> str:
     return str(model.config.name_or_path or type(model).__name__)
 
 
-def _states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def last_states(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The last hidden states (B, T, E): the logits of a long text would take more room than all else."""
-    return model.get_decoder()(ids.to(model.device), use_cache=False).last_hidden_state
+    return model.get_decoder()(ids.to(model.device), attention_mask=mask, use_cache=False).last_hidden_state
 
 
 def _logits(model: PreTrainedModel, states: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -308,7 +308,7 @@ def _logits(model: PreTrainedModel, states: torch.Tensor) -> Iterator[tuple[int,
         yield start, stop, model.get_output_embeddings()(states[:, start:stop]).float()
 
 
-def _losses(model: PreTrainedModel, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def token_losses(model: PreTrainedModel, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """In nats, for each predicted token: (B, T - 1), on the CPU."""
     wanted = ids[:, 1:].to(states.device)
     losses = [
@@ -329,9 +329,9 @@ def _without_gates(model: PreTrainedModel, windows: torch.Tensor, batch_size: in
             expected = None
             for name, strength in strengths.items():
                 model.set_gate_strength(strength)
-                states = _states(model, part)
+                states = last_states(model, part)
                 expected = states if expected is None else expected
-                sums[name][0] += _losses(model, states, part).mean(1).sum().item()
+                sums[name][0] += token_losses(model, states, part).mean(1).sum().item()
                 for (_, _, p), (_, _, q) in zip(_logits(model, expected), _logits(model, states), strict=True):
                     p, q = p.log_softmax(-1), q.log_softmax(-1)
                     sums[name][1] += (p.exp() * (p - q)).sum().item() / part.shape[1]

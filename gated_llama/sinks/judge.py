@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gated_llama.inspection.attention import capture_attention, decoder_layers
+from gated_llama.inspection.measure import last_states, token_losses
 
 
 SINK_SHARE = 0.3  # of a head's attention, from which on a key is its sink (Gu et al., arXiv 2410.10781)
@@ -50,10 +51,8 @@ def losses(
     """In nats, of each token but the first, (B, T - 1); `seen` (T, T) says which keys a query sees, all if None."""
     found = []
     for rows in windows.split(batch_size):
-        ids = rows.to(model.device)
-        mask = None if seen is None else seen.to(ids.device).expand(len(ids), 1, -1, -1)
-        logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        found.append(nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu())
+        mask = None if seen is None else seen.to(model.device).expand(len(rows), 1, -1, -1)
+        found.append(token_losses(model, last_states(model, rows, mask), rows))
     return torch.cat(found)
 
 
@@ -65,10 +64,13 @@ def last_tokens(length: int, size: int, *, and_first: bool = False) -> torch.Ten
 
 
 @torch.no_grad()
-def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> tuple:
-    """First-token attention, the most attended keys', the sink rate, M-Act, and the most attended keys' by head."""
+def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, tuple]:
+    """
+    In one pass the losses (B, T - 1), and first-token attention, the most attended keys', the sink rate, M-Act, and the
+    most attended keys' by head.
+    """
     later, half = min(LATER, windows.shape[1] // 2), max(1, windows.shape[1] // 2)
-    first, largest, received = [], [], {}
+    found, first, largest, received = [], [], [], {}
 
     def see(layer: int, start: int, begin: int, weights: torch.Tensor, output: torch.Tensor) -> None:
         if begin == 0:
@@ -87,12 +89,12 @@ def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_s
         for layer in decoder_layers(model):
             stack.callback(layer.register_forward_hook(see_states).remove)
         for rows in windows.split(batch_size):
-            model.get_decoder()(rows.to(model.device), use_cache=False)
+            found.append(token_losses(model, last_states(model, rows), rows))
             for layer, sums in received.items():
                 most.setdefault(layer, []).append(sums[..., :half].amax(2) / (windows.shape[1] - later))
             received.clear()
     by_window = torch.stack([torch.cat(most[layer]) for layer in sorted(most)])  # (L, B, N)
-    return (
+    return torch.cat(found), (
         sum(first) / (windows.shape[1] * by_window.numel()),
         by_window.mean().item(),
         (by_window > SINK_SHARE).float().mean().item(),
@@ -165,7 +167,7 @@ def judge(
         calibration: other windows, from which static quantization takes its scales.
     """
     model.eval()
-    full = losses(model, windows, batch_size)
+    full, attention_and_states = _attention_and_states(model, windows, batch_size)
     loss, penalties, costs = full.mean().item(), {}, []
     for name in quantizations:
         how, bits = QUANTIZATIONS[name]
@@ -174,4 +176,4 @@ def judge(
     for and_first in (False, True):
         seen = last_tokens(windows.shape[1], LATER, and_first=and_first)
         costs.append((losses(model, windows, batch_size, seen) - full)[:, LATER:].mean().item())
-    return Judgement(loss, *_attention_and_states(model, windows, batch_size), penalties, *costs)
+    return Judgement(loss, *attention_and_states, penalties, *costs)

@@ -57,8 +57,8 @@ def attend(layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, .
         outputs.append((scores - total[..., None]).exp() @ repeated)  # (B, N, b, H)
         logits.append(scores.masked_fill(sinks[:, None, None], float("-inf")).logsumexp(3))
         others.append((logits[-1] - total).exp())
-    join = lambda parts: torch.cat(parts, dim=2).transpose(1, 2)  # noqa: E731  (B, N, T, …) -> (B, T, N, …)
-    return Attended(states, queries.transpose(1, 2), values, join(others), join(logits), join(outputs))
+    joined = (torch.cat(parts, dim=2).transpose(1, 2) for parts in (others, logits, outputs))  # -> (B, T, N, …)
+    return Attended(states, queries.transpose(1, 2), values, *joined)
 
 
 def embed(model: PreTrainedModel, windows: torch.Tensor, device: torch.device | str) -> torch.Tensor:

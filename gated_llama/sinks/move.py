@@ -24,6 +24,8 @@ from configuration_gated import GatedLlamaConfig
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_values
 from gated_llama.inspection.attention import decoder_layers
+from gated_llama.inspection.measure import token_losses
+from gated_llama.sinks.judge import losses
 from gated_llama.sinks.layers import Attended, attend, embed, rotary_of, sink_tokens, state_lengths
 
 
@@ -144,12 +146,12 @@ def move_sinks(
             fits += [HeadFit(number, *row) for row in edit.move(base, edited)]
             base, edited = edit.states
             costs.append(edit.cost)
-    losses = [_loss(model, states[-judged:], windows[-judged:]) for states in (base, edited)]
-    undone = []
-    if not losses[1] <= (1 + settings.max_loss) * losses[0]:
-        undone, losses[1] = _undo(model, windows[-judged:], before, costs, (1 + settings.max_loss) * losses[0])
+    loss_before, loss_after = (_loss(model, states[-judged:], windows[-judged:]) for states in (base, edited))
+    undone, most = [], (1 + settings.max_loss) * loss_before
+    if not loss_after <= most:
+        undone, loss_after = _undo(model, windows[-judged:], before, costs, most)
         fits = [replace(fit, moved=fit.moved and fit.layer not in undone) for fit in fits]
-    return Moved(fits, *losses, undone)
+    return Moved(fits, loss_before, loss_after, undone)
 
 
 def add_biases(model: PreTrainedModel, *, attention: bool = True) -> None:
@@ -207,11 +209,12 @@ def _placed(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
 
 def _loss(model: PreTrainedModel, states: torch.Tensor, windows: torch.Tensor) -> float:
     """Of the next tokens, from the states behind the last layer."""
-    head, norm, total = model.get_output_embeddings(), model.get_decoder().norm, 0.0
-    for rows, ids in zip(states, windows, strict=True):
-        logits = head(norm(rows[:-1].to(head.weight.device, head.weight.dtype))).float()
-        total += nn.functional.cross_entropy(logits, ids[1:].to(logits.device)).item()
-    return total / len(windows)
+    norm, weight = model.get_decoder().norm, model.get_output_embeddings().weight
+    found = [
+        token_losses(model, norm(rows[None].to(weight.device, weight.dtype)), ids[None])
+        for rows, ids in zip(states, windows, strict=True)
+    ]
+    return torch.cat(found).mean().item()
 
 
 def _undo(
@@ -224,8 +227,7 @@ def _undo(
     def loss_without(count: int) -> float:
         for place, number in enumerate(order):
             layers[number].load_state_dict((before if place < count else made)[number], strict=False)
-        losses = [model(ids[None].to(model.device), labels=ids[None].to(model.device)).loss.item() for ids in windows]
-        return sum(losses) / len(losses)
+        return losses(model, windows, batch_size=1).mean().item()
 
     low, high = 0, len(order)
     while high - low > 1:

@@ -6,7 +6,6 @@ the base; each step measured on text that it has not seen, and nothing kept that
 
 import json
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -23,7 +22,7 @@ from gated_llama.checkpoints.folder import find_source, new_folder, read_checkpo
 from gated_llama.conversion.convert import convert_checkpoint
 from gated_llama.conversion.families import read_gated_config
 from gated_llama.conversion.verify import no_bars_of_transformers
-from gated_llama.data import read_documents, shuffled, tokenize
+from gated_llama.data import begun, cut_windows, read_documents, shuffled, tokenize
 from gated_llama.errors import UserError, VerificationError
 from gated_llama.loading import load, refuse_adapter
 from gated_llama.sinks.distil import DistilSettings, distil
@@ -173,48 +172,12 @@ def desink_checkpoint(
         windows = Windows(tokenizer, text, settings, progress)
         base, edited = base.to(device).eval(), edited.to(device).eval()
         add_biases(edited)
-        steps: list[Step] = []
         before = windows.judge(base)
         announce(f"{found.name}, on {windows}: loss {before.loss:.4f}, sink rate {before.sink_rate:.1%}")
-
-        def step(name: str, tokens: int, work: Callable[[], object]) -> None:
-            """Do it, measure, and say so; training that costs more than it may is undone."""
-            since, was = time.monotonic(), {key: value.cpu().clone() for key, value in edited.state_dict().items()}
-            last = steps[-1].judgement if steps else before
-            work()
-            now, undone = windows.judge(edited, quantizations=()), False
-            so_far = replace(result, steps=[*steps, Step(name, tokens, time.monotonic() - since, undone, now)])
-            announce(f"{name} ({tokens:,} tokens, {so_far.steps[-1].seconds:.0f} s): {so_far.verdict()}")
-            if name != "moved" and not now.loss <= max((1 + settings.max_loss) * before.loss, last.loss):
-                edited.load_state_dict(was)
-                now, undone = last, True
-                announce(f"that is more than {settings.max_loss:.2%} of loss, so it was undone")
-            steps.append(replace(so_far.steps[-1], undone=undone, judgement=now))
-
-        result = DesinkResult(str(output), found.name, found.revision, str(windows), before, steps)
+        result = DesinkResult(str(output), found.name, found.revision, str(windows), before, [])
         set_seed(settings.seed)
-        fitted = windows.cut(settings.move_tokens, "move")
-        lengths = state_lengths(base, fitted, progress=progress)
-
-        def learn(what: str, train: str, tokens: int) -> None:
-            rows = windows.cut(tokens, what)
-            calm = train == "layers" or any(done.name == "calmed" and not done.undone for done in steps)
-            distilling = DistilSettings(train, batch_size=settings.batch_size)
-            if not calm:  # gates alone cannot calm what is massive
-                distilling = replace(distilling, penalty=0.0)
-            step(what, rows.numel(), lambda: distil(edited, base, rows, lengths, distilling, progress=progress))
-
-        if settings.calm_tokens:
-            learn("calmed", "layers", settings.calm_tokens)
-        if not settings.calm_only:
-            sinks = sink_tokens(lengths)
-            step(
-                "moved",
-                fitted.numel(),
-                lambda: announce(str(move_sinks(edited, fitted, sinks=sinks, progress=progress))),
-            )
-            if settings.heal_tokens:
-                learn("healed", "gates", settings.heal_tokens)
+        _take_steps(base, edited, windows, settings, result, progress, announce)
+        steps = result.steps
         if all(done.undone for done in steps):
             raise VerificationError(
                 f"every step cost more than {settings.max_loss:.2%} of loss: give more text of the kind that the model "
@@ -235,6 +198,55 @@ def desink_checkpoint(
         card = desinking_card(result, found, edited.config, asdict(settings), text)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return result
+
+
+def _take_steps(
+    base: PreTrainedModel,
+    edited: PreTrainedModel,
+    windows: "Windows",
+    settings: DesinkSettings,
+    result: DesinkResult,
+    progress: bool,
+    announce: Callable[[str], None],
+) -> None:
+    """Calm, move and heal `edited` as far as `settings` ask for it; each step is added to those of `result`."""
+    before, steps = result.before, result.steps
+    fitted = windows.cut(settings.move_tokens, "move")
+    lengths = state_lengths(base, fitted, progress=progress)
+
+    def step(name: str, tokens: int, work: Callable[[], object]) -> Judgement:
+        """Do it, measure, and say so."""
+        since = time.monotonic()
+        work()
+        now = windows.judge(edited, quantizations=())
+        steps.append(Step(name, tokens, time.monotonic() - since, False, now))
+        announce(f"{name} ({tokens:,} tokens, {steps[-1].seconds:.0f} s): {result.verdict()}")
+        return now
+
+    def learn(name: str, train: str, tokens: int, penalty: float) -> None:
+        """Training that costs more than it may is undone."""
+        last = steps[-1].judgement if steps else before
+        was = {key: value.cpu().clone() for key, value in edited.state_dict().items()}
+        rows = windows.cut(tokens, name)
+        distilling = DistilSettings(train, batch_size=settings.batch_size, penalty=penalty)
+        now = step(name, rows.numel(), lambda: distil(edited, base, rows, lengths, distilling, progress=progress))
+        if not now.loss <= max((1 + settings.max_loss) * before.loss, last.loss):
+            edited.load_state_dict(was)
+            steps[-1] = replace(steps[-1], undone=True, judgement=last)
+            announce(f"that is more than {settings.max_loss:.2%} of loss, so it was undone")
+
+    if settings.calm_tokens:
+        learn("calmed", "layers", settings.calm_tokens, DistilSettings.penalty)
+    calm = any(not done.undone for done in steps)
+    if not settings.calm_only:
+        sinks = sink_tokens(lengths)
+        step(
+            "moved",
+            fitted.numel(),
+            lambda: announce(str(move_sinks(edited, fitted, sinks=sinks, progress=progress))),
+        )
+        if settings.heal_tokens:  # gates alone cannot calm what is massive
+            learn("healed", "gates", settings.heal_tokens, DistilSettings.penalty if calm else 0.0)
 
 
 class Windows:
@@ -276,11 +288,7 @@ class Windows:
         return judge(model, self.judged, self.calibration, **settings)
 
     def _cut(self, tokens: torch.Tensor, count: int, what: str) -> torch.Tensor:
-        drawn = random.Random(f"{self.seed} {what}")
-        starts = [drawn.randrange(len(tokens) - self.length) for _ in range(count)]
-        windows = torch.stack([tokens[start : start + self.length] for start in starts])
-        for number in range(0, count, 2):
-            if self.beginnings:
-                windows[number, 1:] = windows[number, :-1].clone()
-                windows[number, 0] = self.beginnings[number // 2 % len(self.beginnings)]
+        windows = cut_windows(tokens, count, self.length, f"{self.seed} {what}")
+        if self.beginnings:
+            windows[::2] = begun(windows[::2], self.beginnings)
         return windows
