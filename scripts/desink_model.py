@@ -3,10 +3,11 @@
 
 Three steps, each measured on held-out text: all layers are distilled from the base with a penalty on massive states;
 keys, values and gates are fitted so that no head needs its sink; the gates are distilled once more. The output appears
-only if the loss rose by no more than --max-loss.
+only if the loss rose by no more than --max-loss. `accelerate launch` spreads the training over several processes.
 """
 
 import argparse
+import os
 import sys
 
 from gated_llama.scripts.cli import add_writing_arguments
@@ -25,17 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calm-tokens", type=int, default=196_608, help="for the first step (default: 196608)")
     parser.add_argument("--move-tokens", type=int, default=65_536, help="for the second step (default: 65536)")
     parser.add_argument("--heal-tokens", type=int, default=98_304, help="for the third step (default: 98304)")
+    parser.add_argument("--sliding-window", type=int, metavar="W", help="let the result see the last W tokens only")
     parser.add_argument("--length", type=int, default=256, help="tokens of a row (default: 256)")
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a training step (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of text (default: 0)")
     parser.add_argument("--device", help="such as cuda (default: a GPU if there is one)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that was stopped")
     add_writing_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     from gated_llama.sinks.recipe import DesinkSettings, desink_checkpoint
 
-    names = ("calm_only", "max_loss", "calm_tokens", "move_tokens", "heal_tokens", "length", "batch_size", "seed")
+    names = ("calm_only", "max_loss", "calm_tokens", "move_tokens", "heal_tokens", "sliding_window")
+    names += ("length", "batch_size", "seed")
+    first = os.environ.get("RANK", "0") == "0"
     result = desink_checkpoint(
         args.model,
         args.text,
@@ -43,18 +48,20 @@ def run(args: argparse.Namespace) -> None:
         DesinkSettings(**{name: getattr(args, name) for name in names}),
         revision=args.revision,
         device=args.device,
+        resume=args.resume,
         force=args.force,
         progress=not args.quiet,
-        announce=(lambda line: None) if args.quiet else lambda line: print(line, file=sys.stderr),
+        announce=(lambda line: print(line, file=sys.stderr)) if first and not args.quiet else lambda line: None,
     )
-    if args.json:
+    if args.json and first:
         print(result.to_json())
-    elif not args.quiet:
+    elif first and not args.quiet:
         rows = [("", "before", "after"), *result.rows()]
         wide = [max(len(row[column]) for row in rows) for column in range(3)]
         for name, *values in rows:
             print(f"{name:<{wide[0]}}  {values[0]:>{wide[1]}}  {values[1]:>{wide[2]}}")
         print(f"{result.source} -> {result.output}: {result.verdict()}")
+        print(f"page: {os.path.join(result.output, 'inspection', 'index.html')}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import argparse
 import os
 import sys
 
-
-SENTENCE = "The grumpy cat sat on the mat, which was red."
+from gated_llama.inspection import SENTENCE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 `make check-distributed`: fine-tuning in two CPU processes (gloo), as data parallelism (DDP, FSDP2) and as tensor
-parallelism: the losses and the result of one process on the same rows a step, stopped and resumed too.
+parallelism: the losses and the result of one process on the same rows a step, stopped and resumed too; and `desink`.
 """
 
 import json
@@ -134,3 +134,32 @@ def test_two_processes_learn_what_one_does(folder, case, way):
     expected, got = tensors(folder / "one"), tensors(folder / "two")
     assert expected.keys() == got.keys()
     assert all(expected[key].shape == got[key].shape and expected[key].dtype == got[key].dtype for key in expected)
+
+
+def test_two_processes_desink_as_one_does(tmp_path):
+    model = source_model(vocab_size=308, max_position_embeddings=256, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] *= 1000  # the beginning-of-text token is massive
+    published(tmp_path / "plain", model, tokenizer=True)
+    texts = ({"text": f"the grumpy cat sat on {number} mats, which were red. " * 4} for number in range(160))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    made = {}
+    for processes, launcher in ((1, []), (2, LAUNCHERS["torchrun"])):
+        output = tmp_path / f"by-{processes}"
+        command = [sys.executable, *launcher, "-m", "gated_llama.scripts.desink_model", tmp_path / "plain", output]
+        command += ["--text", tmp_path / "text.jsonl", "--calm-tokens", "2048", "--move-tokens", "2048"]
+        command += ["--heal-tokens", "1024", "--length", "128", "--batch-size", str(4 // processes)]
+        command += ["--max-loss", "900%", "--json"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.splitlines()  # one of the processes speaks
+        said = json.loads(line)
+        judged = [said["before"], *(step["judgement"] for step in said["steps"])]
+        made[processes] = tensors(output), [judgement["loss"] for judgement in judged]
+        assert not list(tmp_path.glob("*unfinished"))
+    (one, losses_of_one), (two, losses_of_two) = made[1], made[2]
+    print(f"\ndesink: {losses_of_one} in one process, {losses_of_two} in two")
+    assert len(losses_of_one) == 4 and losses_of_one[1] != losses_of_one[0] and losses_of_one[3] != losses_of_one[2]
+    assert losses_of_two == pytest.approx(losses_of_one, abs=2e-3)
+    assert one.keys() == two.keys()

@@ -61,7 +61,7 @@ def test_control_an_import_against_the_arrow_is_seen():
 FLOORS = (
     {"errors"},
     {"checkpoints"},
-    {"data", "gates"},
+    {"data", "gates", "runs"},
     {"adapters", "loading"},
     {"inspection"},
     {"conversion"},

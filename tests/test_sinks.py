@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 
 from gated_llama import gated_lora_config
 from gated_llama.errors import UserError
@@ -384,12 +385,57 @@ def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, 
     assert "gated-llama desink plain out --text text.jsonl" in card and "| moved | 2,048 |" in card
     assert str(plain) not in card
     assert not list(plain.glob(".*")) and not (plain / "out" / ".gated").exists()
+    assert {"index.html", "measurements.json", "sinks.png"} <= {
+        path.name for path in (plain / "out/inspection").iterdir()
+    }
+    assert not (plain / "out.unfinished").exists()
     # It can slide, and stream, without being saved anew.
     sliding = AutoModelForCausalLM.from_pretrained(plain / "out", dtype="auto", sliding_window=8)
     ids = token_ids(1, 40)
     assert sliding.config.attention_types == ["sliding_attention"] * 3
     logits = [each(ids).logits for each in (model, sliding)]
     assert torch.equal(logits[0][:, :8], logits[1][:, :8]) and not torch.equal(logits[0][:, 8:], logits[1][:, 8:])
+
+
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(plain, capsys, monkeypatch):
+    arguments = ["--text", str(plain / "text.jsonl"), *SMALL, "--max-loss", "900%", "--sliding-window", "64"]
+    arguments += ["--batch-size", "1"]
+    whole, stopped = plain / "whole", plain / "stopped"
+    assert main(["desink", str(plain / "plain"), str(whole), *arguments]) == 0
+    weights = load_file(whole / "model.safetensors")
+    config = json.loads((whole / "config.json").read_text())
+    assert config["sliding_window"] == 64 and "layer_types" not in config
+    assert "seeing the last 64 only" in (whole / "README.md").read_text()
+
+    assert main(["desink", str(plain / "plain"), str(stopped), *arguments, "--resume"]) == 2
+    assert "holds no run to resume" in capsys.readouterr().err
+    real = torch.optim.AdamW.step
+    left = []
+
+    def stop(*args, **kwargs):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stop)
+    for steps in (3, 1):  # of four steps of calming; then its last, and none of healing
+        left[:] = [None] * steps
+        resumed = ["--resume"] if (plain / "stopped.unfinished").exists() else []
+        assert main(["desink", str(plain / "plain"), str(stopped), *arguments, *resumed]) == 2
+        assert "interrupted: --resume goes on" in capsys.readouterr().err and not stopped.exists()
+    monkeypatch.undo()
+    for options, said in (
+        (["--resume", "--seed", "1"], "began with seed 0, not 1"),
+        ([], "is what a stopped run left"),
+    ):
+        assert main(["desink", str(plain / "plain"), str(stopped), *arguments, *options]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["desink", str(plain / "plain"), str(stopped), *arguments, "--resume"]) == 0
+    made = load_file(stopped / "model.safetensors")
+    assert made.keys() == weights.keys() and all(torch.equal(made[name], weights[name]) for name in weights)
+    assert not (plain / "stopped.unfinished").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
@@ -403,7 +449,7 @@ def test_a_budget_that_is_not_kept_leaves_nothing(plain, capsys, monkeypatch):
     arguments = [str(plain / "plain"), str(plain / "none"), "--text", str(plain / "text.jsonl"), *SMALL]
     assert main(["desink", *arguments, "--calm-only"]) == 1
     assert "every step cost more than 1.00% of loss" in capsys.readouterr().err
-    assert not (plain / "none").exists() and not list(plain.glob(".*"))
+    assert not (plain / "none").exists() and not list(plain.glob(".*")) and not list(plain.glob("none*"))
 
 
 def test_the_command_refuses_in_a_sentence(plain, capsys):

@@ -246,7 +246,17 @@ def desinking_card(result, source: Source, config: GatedLlamaConfig, asked: dict
         asked: the settings, by the names of [`DesinkSettings`].
     """
     words = ["gated-llama", "desink", source.name, Path(result.output).name, "--text", *_without_folders(text)]
-    options = ("max_loss", "calm_tokens", "move_tokens", "heal_tokens", "length", "batch_size", "seed")
+    options = (
+        "max_loss",
+        "calm_tokens",
+        "move_tokens",
+        "heal_tokens",
+        "sliding_window",
+        "length",
+        "batch_size",
+        "seed",
+    )
+    options = [name for name in options if asked[name] is not None]
     words += ["--calm-only"] if asked["calm_only"] else []
     words += [word for name in options for word in _option(name, asked[name])]
     return _card(

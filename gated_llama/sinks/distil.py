@@ -8,8 +8,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -93,36 +96,43 @@ def distil(
     lengths: Lengths,
     settings: DistilSettings | None = None,
     *,
+    state: Path | None = None,
     progress: bool = False,
 ) -> list[tuple[float, float]]:
     """
-    Train `model` in place on `rows` (rows, T) of token ids, each seen once.
+    Train `model` in place on `rows` (rows, T) of token ids, each seen once. Of several processes each takes its part of
+    every step's rows, `batch_size` of them, and all make the same step.
 
     Args:
         base: whose predictions are learned; those of the text itself if None.
         lengths: of the base's states, as [`gated_llama.sinks.layers.state_lengths`] gives them.
+        state: a file in which training is kept at every quarter; what is there already is gone on from.
 
     Returns:
-        Divergence and penalty of each step.
+        Divergence and penalty of each step, on the rows of this process.
     """
     settings = settings or DistilSettings()
     gates, rest = choose_trained(model, settings.train, settings.frozen)
     groups = [{"params": gates, "lr": settings.gate_lr}, {"params": rest, "lr": settings.lr}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.0)
-    batches = rows.split(settings.batch_size)
+    highest = [group["lr"] for group in optimizer.param_groups]
+    rank, processes = process_of()
+    batches = rows[: len(rows) // processes * processes].split(settings.batch_size * processes)
     warm = max(1, len(batches) // 10)
 
     def rate(step: int) -> float:
         done = (step - warm) / max(1, len(batches) - warm)
         return (step + 1) / warm if step < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    device, found = model.device, []
-    bar = tqdm(batches, desc=f"distilling ({settings.train})", unit=" steps", disable=not progress)
+    found = _restore(state, model, optimizer) if state and state.exists() else []
+    device = model.device
+    bar = tqdm(batches[len(found) :], desc=f"distilling ({settings.train})", unit=" steps", disable=not progress)
     model.train()
     with long_states(model, lengths, settings.times) as penalty_of:
         for ids in bar:
-            ids = ids.to(device)
+            for group, lr in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = lr * rate(len(found))
+            ids = ids[rank::processes].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 if base is not None:
                     with torch.no_grad():
@@ -132,10 +142,55 @@ def distil(
             penalty = penalty_of()
             optimizer.zero_grad()
             (loss + settings.penalty * penalty).backward()
+            _mean_gradients([*gates, *rest], processes)
             nn.utils.clip_grad_norm_([*gates, *rest], 1.0)
             optimizer.step()
-            schedule.step()
             found.append((loss.item(), penalty.item()))
             bar.set_postfix(loss=f"{found[-1][0]:.3f}", penalty=f"{found[-1][1]:.2f}")
+            if state and rank == 0 and len(found) % max(1, len(batches) // 4) == 0:
+                _keep(state, model, optimizer, found)
     model.eval()
     return found
+
+
+def process_of() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _mean_gradients(parameters: list[nn.Parameter], processes: int) -> None:
+    if processes > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= processes
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter, beside the number of the step
+
+
+def _keep(file: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, found: list) -> None:
+    tensors = {"found": torch.tensor(found, dtype=torch.float64)}
+    for name, parameter in model.named_parameters():
+        if parameter in optimizer.state:
+            tensors[name] = parameter.detach()
+            tensors |= {f"{name} {moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
+    write_whole(file, tensors)
+
+
+def _restore(file: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> list[tuple[float, float]]:
+    tensors = load_file(file)
+    found = tensors.pop("found")
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.data.copy_(tensors[name])
+            moments = {moment: tensors[f"{name} {moment}"].to(parameter.device) for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(len(found))), **moments}
+    return [tuple(pair) for pair in found.tolist()]
+
+
+def write_whole(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write safetensors so that what stands under the name is always whole."""
+    part = file.with_name(f"{file.name}.part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    part.replace(file)

@@ -4,35 +4,46 @@ A checkpoint without its attention sink: massive states calmed, the sink moved i
 the base; each step measured on text that it has not seen, and nothing kept that costs more than it may.
 """
 
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import configuration_gated
 import modeling_gated
+from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.card import desinking_card
 from gated_llama.checkpoints.folder import find_source, new_folder, read_checkpoint, refuse_nesting
+from gated_llama.checkpoints.measurements import MEASUREMENTS_NAME, read_measurements
 from gated_llama.conversion.convert import convert_checkpoint
 from gated_llama.conversion.families import read_gated_config
 from gated_llama.conversion.verify import no_bars_of_transformers
 from gated_llama.data import begun, cut_windows, read_documents, shuffled, tokenize
 from gated_llama.errors import UserError, VerificationError
+from gated_llama.inspection import SENTENCE
+from gated_llama.inspection.measure import measure
 from gated_llama.loading import load, refuse_adapter
 from gated_llama.sinks.distil import DistilSettings, distil
-from gated_llama.sinks.judge import LATER, Judgement, judge
+from gated_llama.sinks.judge import LATER, Judgement, judge, last_tokens, losses
 from gated_llama.sinks.layers import sink_tokens, state_lengths
 from gated_llama.sinks.move import add_biases, move_sinks
+from gated_llama.sinks.result import DesinkResult, Sliding, Step
+from gated_llama.sinks.unfinished import Unfinished, as_in_main, from_main
+from gated_llama.training.trainer import has_accelerator
 
 
 HELD_OUT = 0.05  # of the documents; they are what is measured on
 LEAST_WINDOWS = 16  # of different text that the shortest text must fill
+INSPECTED = 8  # windows that the page is made of
+LONG_WINDOWS = 4  # on which it is measured what it costs to slide
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,9 @@ class DesinkSettings:
         calm_tokens: on which all layers are distilled from the base, with a penalty on massive states; or 0.
         move_tokens: on which keys, values and gates are fitted in closed form.
         heal_tokens: on which the gates are distilled from the base afterwards; or 0.
-        length, batch_size: tokens of a row; rows of a step.
+        sliding_window: let every layer of the result see so many tokens only, so that it reads a stream in constant
+            memory; None leaves the layers as they are.
+        length, batch_size: tokens of a row; rows of a step, in each process.
         judged_windows: of held-out text, that are measured on.
     """
 
@@ -55,6 +68,7 @@ class DesinkSettings:
     calm_tokens: int = 196_608
     move_tokens: int = 65_536
     heal_tokens: int = 98_304
+    sliding_window: int | None = None
     length: int = 256
     batch_size: int = 4
     judged_windows: int = 32
@@ -76,57 +90,10 @@ class DesinkSettings:
             raise UserError("max_loss, calm_tokens and heal_tokens must not be negative.")
         if self.calm_only and not self.calm_tokens:
             raise UserError("calm_only with calm_tokens 0 leaves nothing to do: give calm_tokens.")
-
-
-@dataclass(frozen=True)
-class Step:
-    name: str
-    tokens: int
-    seconds: float
-    undone: bool  # it cost more than it may
-    judgement: Judgement  # after it
-
-
-@dataclass(frozen=True)
-class DesinkResult:
-    """What `desink_checkpoint` did; `to_json()` is what `--json` prints."""
-
-    output: str
-    source: str
-    revision: str | None
-    text: str
-    before: Judgement
-    steps: list[Step]
-
-    @property
-    def after(self) -> Judgement:
-        return self.steps[-1].judgement
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        """What is compared: name, before, after."""
-        one, other = self.before, self.after
-        shown = [
-            ("loss on held-out text, nats", "{:.4f}", lambda j: j.loss),
-            ("attention to the first token", "{:.3f}", lambda j: j.first_token),
-            ("attention to the most attended key", "{:.3f}", lambda j: j.most_attended),
-            ("heads and windows with a sink", "{:.1%}", lambda j: j.sink_rate),
-            ("largest activation (M-Act)", "{:,.0f}", lambda j: j.m_act),
-            *((f"{name}, cost", "{:+.3f}", lambda j, n=name: j.penalties[n]) for name in one.penalties),
-            (f"last {LATER} tokens only, cost", "{:+.3f}", lambda j: j.short_window),
-            (f"last {LATER} tokens and the first, cost", "{:+.3f}", lambda j: j.short_window_and_first),
-        ]
-        return [(name, form.format(value(one)), form.format(value(other))) for name, form, value in shown]
-
-    def verdict(self) -> str:
-        one, other = self.before, self.after
-        return (
-            f"attention to sinks {one.most_attended:.3f} -> {other.most_attended:.3f}, sink rate {one.sink_rate:.1%}"
-            f" -> {other.sink_rate:.1%}, largest activation {one.m_act:,.0f} -> {other.m_act:,.0f}, "
-            f"loss {other.loss / one.loss - 1:+.2%}"
-        )
+        if self.sliding_window is not None and self.calm_only:
+            raise UserError("a model that keeps its sink cannot slide: leave out calm_only or sliding_window.")
+        if self.sliding_window is not None and self.sliding_window < LATER:
+            raise UserError(f"sliding_window must be at least {LATER}, not {self.sliding_window}.")
 
 
 def desink_checkpoint(
@@ -137,67 +104,101 @@ def desink_checkpoint(
     *,
     revision: str | None = None,
     device: str | None = None,
+    resume: bool = False,
     force: bool = False,
     progress: bool = True,
     announce: Callable[[str], None] = lambda line: None,
 ) -> DesinkResult:
     """
-    Write to `output` the gated checkpoint that `model` becomes without its sink.
+    Write to `output` the gated checkpoint that `model` becomes without its sink, and to `inspection` there what
+    [`gated_llama.measure`] finds before and after. Until that is written, what it takes to resume is beside it, in a
+    folder of the same name and `.unfinished`.
 
     Args:
         model: a plain Llama, Mistral, Qwen2 or Qwen3, or a gated checkpoint; a folder or a Hub id.
         text: of the kind that the model is for, see [`gated_llama.data.read_documents`].
         device: `"cuda"`, `"cpu"`, …; a GPU if there is one, if None.
+        resume: go on from the last step, or quarter of one, that a run which was stopped had made.
         announce: is told, a line each, what a step did.
 
     Raises:
-        UserError: the input is at fault; nothing was written.
+        UserError: the input is at fault, and nothing was written; or the run was interrupted.
         VerificationError: the loss rose by more than `settings.max_loss`; nothing was written.
     """
     settings = settings or DesinkSettings()
     settings.check()
+    processes = PartialState(cpu=not has_accelerator())
     refuse_adapter(model)
     found = find_source(model, revision)
     refuse_nesting(found.folder, Path(output))
     text = [str(source) for source in text]
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with new_folder(output, force=force) as folder:
-        gated = folder / ".gated"
-        with no_bars_of_transformers():
-            convert_checkpoint(found.folder, gated, link=True, verify=False, progress=False)
-            base, tokenizer = load(gated, dtype=torch.float32)
-            edited, _ = load(gated, dtype=torch.float32)
-        checkpoint = read_checkpoint(gated)
-        dtype = read_gated_config(checkpoint.config, str(gated)).dtype or torch.float32
-        windows = Windows(tokenizer, text, settings, progress)
-        base, edited = base.to(device).eval(), edited.to(device).eval()
+    asked = {"model": str(found.name), "revision": found.revision, "text": text, **asdict(settings)}
+    main = processes.is_main_process
+    with ExitStack() as stack:
+        folder = stack.enter_context(new_folder(output, force=force)) if main else None
+        run = Unfinished(Path(output))
+        if main:
+            stack.enter_context(run.opened(asked, resume=resume, force=force))
+            with no_bars_of_transformers():
+                convert_checkpoint(found.folder, run.gated, link=True, verify=False, progress=False, force=True)
+        processes.wait_for_everyone()
+        base, edited, tokenizer = _load_twice(run.gated, device or str(processes.device))
+        windows = Windows(tokenizer, text, settings, progress and main)
         add_biases(edited)
-        before = windows.judge(base)
-        announce(f"{found.name}, on {windows}: loss {before.loss:.4f}, sink rate {before.sink_rate:.1%}")
-        result = DesinkResult(str(output), found.name, found.revision, str(windows), before, [])
         set_seed(settings.seed)
-        _take_steps(base, edited, windows, settings, result, progress, announce)
-        steps = result.steps
-        if all(done.undone for done in steps):
+
+        def judge(model: PreTrainedModel) -> Judgement:
+            return from_main(windows.judge(model))
+
+        result = run.go_on(edited)
+        if result is None:
+            result = DesinkResult(str(output), found.name, found.revision, str(windows), judge(base), [])
+            run.keep(edited, result)
+        before = result.before
+        announce(f"{found.name}, on {windows}: loss {before.loss:.4f}, sink rate {before.sink_rate:.1%}")
+        _take_steps(base, edited, windows, settings, result, run, progress and main, announce)
+        if all(done.undone for done in result.steps):
             raise VerificationError(
                 f"every step cost more than {settings.max_loss:.2%} of loss: give more text of the kind that the model "
                 "is for, or a larger --max-loss."
             )
+        checkpoint = read_checkpoint(run.gated)
+        dtype = read_gated_config(checkpoint.config, str(run.gated)).dtype or torch.float32
         edited.to(dtype).float()  # what is saved is what is measured
-        steps[-1] = replace(steps[-1], judgement=windows.judge(edited))
+        result.steps[-1] = replace(result.steps[-1], judgement=judge(edited))
         if not result.after.loss <= (1 + settings.max_loss) * before.loss:
             raise VerificationError(
                 f"{result.verdict()}, and it may rise by {settings.max_loss:.2%}: give more text of the kind that the "
                 "model is for, more tokens, or a larger --max-loss."
             )
-        edited.to(dtype).save_pretrained(folder)
-        checkpoint.copy_carried(folder)
-        shutil.rmtree(gated)
-        for module in (configuration_gated, modeling_gated):
-            shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
-        card = desinking_card(result, found, edited.config, asdict(settings), text)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        if settings.sliding_window:
+            result = replace(result, sliding=windows.judge_sliding(base, edited, settings.sliding_window))
+        if main:
+            _inspect(base, edited, tokenizer, windows, result, folder / "inspection", progress)
+            if settings.sliding_window:
+                let_slide(edited.config, settings.sliding_window)
+            edited.to(dtype).save_pretrained(folder)
+            checkpoint.copy_carried(folder)
+            for module in (configuration_gated, modeling_gated):
+                shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
+            card = desinking_card(result, found, edited.config, asdict(settings), text)
+            (folder / "README.md").write_text(card, encoding="utf-8")
     return result
+
+
+def _load_twice(gated: Path, device: str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base, in the class of a gated model, and the one to edit."""
+    with no_bars_of_transformers():
+        base, tokenizer = load(gated, dtype=torch.float32)
+        edited, _ = load(gated, dtype=torch.float32)
+    return base.to(device).eval(), edited.to(device).eval(), tokenizer
+
+
+def let_slide(config: GatedLlamaConfig, window: int) -> None:
+    """Every layer of a model that is loaded with the config sees the last `window` tokens."""
+    config.sliding_window = window
+    if hasattr(config, "layer_types"):
+        del config.layer_types
 
 
 def _take_steps(
@@ -206,47 +207,75 @@ def _take_steps(
     windows: "Windows",
     settings: DesinkSettings,
     result: DesinkResult,
+    run: Unfinished,
     progress: bool,
     announce: Callable[[str], None],
 ) -> None:
-    """Calm, move and heal `edited` as far as `settings` ask for it; each step is added to those of `result`."""
+    """Calm, move and heal `edited` as far as `settings` ask for it; each step is added to `result`, and kept."""
     before, steps = result.before, result.steps
     fitted = windows.cut(settings.move_tokens, "move")
     lengths = state_lengths(base, fitted, progress=progress)
 
-    def step(name: str, tokens: int, work: Callable[[], object]) -> Judgement:
-        """Do it, measure, and say so."""
-        since = time.monotonic()
+    def step(name: str, tokens: int, work: Callable[[], object], *, may_be_undone: bool) -> None:
+        """Do it unless a run that is resumed did; measure, say so, and undo what costs more than it may."""
+        if any(done.name == name for done in steps):
+            return
+        last, since = steps[-1].judgement if steps else before, time.monotonic()
         work()
-        now = windows.judge(edited, quantizations=())
+        now = from_main(windows.judge(edited, quantizations=()))
         steps.append(Step(name, tokens, time.monotonic() - since, False, now))
         announce(f"{name} ({tokens:,} tokens, {steps[-1].seconds:.0f} s): {result.verdict()}")
-        return now
-
-    def learn(name: str, train: str, tokens: int, penalty: float) -> None:
-        """Training that costs more than it may is undone."""
-        last = steps[-1].judgement if steps else before
-        was = {key: value.cpu().clone() for key, value in edited.state_dict().items()}
-        rows = windows.cut(tokens, name)
-        distilling = DistilSettings(train, batch_size=settings.batch_size, penalty=penalty)
-        now = step(name, rows.numel(), lambda: distil(edited, base, rows, lengths, distilling, progress=progress))
-        if not now.loss <= max((1 + settings.max_loss) * before.loss, last.loss):
-            edited.load_state_dict(was)
+        if may_be_undone and not now.loss <= max((1 + settings.max_loss) * before.loss, last.loss):
+            run.restore(edited)
             steps[-1] = replace(steps[-1], undone=True, judgement=last)
             announce(f"that is more than {settings.max_loss:.2%} of loss, so it was undone")
+        run.keep(edited, result)
+
+    def learn(name: str, train: str, tokens: int, penalty: float) -> None:
+        rows = windows.cut(tokens, name)
+        distilling = DistilSettings(train, batch_size=settings.batch_size, penalty=penalty)
+
+        def work() -> None:
+            distil(edited, base, rows, lengths, distilling, state=run.training, progress=progress)
+
+        step(name, rows.numel(), work, may_be_undone=True)
+
+    def move() -> None:
+        announce(str(move_sinks(edited, fitted, sinks=sink_tokens(lengths), progress=progress)))
+        as_in_main(edited)
 
     if settings.calm_tokens:
         learn("calmed", "layers", settings.calm_tokens, DistilSettings.penalty)
     calm = any(not done.undone for done in steps)
     if not settings.calm_only:
-        sinks = sink_tokens(lengths)
-        step(
-            "moved",
-            fitted.numel(),
-            lambda: announce(str(move_sinks(edited, fitted, sinks=sinks, progress=progress))),
-        )
+        # It keeps to a budget of its own, of layers; what it leaves, healing makes good.
+        step("moved", fitted.numel(), move, may_be_undone=False)
         if settings.heal_tokens:  # gates alone cannot calm what is massive
             learn("healed", "gates", settings.heal_tokens, DistilSettings.penalty if calm else 0.0)
+
+
+def _inspect(
+    base: PreTrainedModel,
+    edited: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: "Windows",
+    result: DesinkResult,
+    folder: Path,
+    progress: bool,
+) -> None:
+    """Measure both as `gated-llama inspect --compare` does, and draw the page where matplotlib is installed."""
+    folder.mkdir()
+    measured = []
+    for model, name in ((base, result.source), (edited, result.output)):
+        found = measure(
+            model, tokenizer, windows.judged[:INSPECTED], sentence=SENTENCE, query="which", progress=progress
+        )
+        measured.append(replace(found, model=Path(name).name).to_json())
+    (folder / MEASUREMENTS_NAME).write_text("[" + ",\n".join(measured) + "]\n", encoding="utf-8")
+    if find_spec("matplotlib"):
+        from gated_llama.inspection.page import draw
+
+        draw(read_measurements([folder / MEASUREMENTS_NAME]), folder)
 
 
 class Windows:
@@ -274,6 +303,14 @@ class Windows:
             )
         names = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>"))
         self.beginnings = list(dict.fromkeys(token for token in names if token is not None))
+        self.long = 4 * (
+            settings.sliding_window or 0
+        )  # tokens of the windows on which it is measured what sliding costs
+        if len(self.held_out) <= self.long:
+            raise UserError(
+                f"the held-out text has {len(self.held_out):,} tokens, too few to measure what sliding costs: give "
+                f"{round(self.long / HELD_OUT):,} and more, or a smaller sliding_window."
+            )
         self.judged = self._cut(self.held_out, settings.judged_windows, "judge")
         self.calibration = self._cut(self.train, 8, "calibration")
 
@@ -286,6 +323,16 @@ class Windows:
 
     def judge(self, model: PreTrainedModel, **settings) -> Judgement:
         return judge(model, self.judged, self.calibration, **settings)
+
+    def judge_sliding(self, base: PreTrainedModel, edited: PreTrainedModel, window: int) -> Sliding:
+        """Of texts four times as long as the window."""
+        rows = cut_windows(self.held_out, LONG_WINDOWS, self.long, f"{self.seed} sliding")
+        found = [
+            losses(model, rows, 1, seen).mean().item()
+            for model in (base, edited)
+            for seen in (None, last_tokens(self.long, window))
+        ]
+        return Sliding(window, *found)
 
     def _cut(self, tokens: torch.Tensor, count: int, what: str) -> torch.Tensor:
         windows = cut_windows(tokens, count, self.length, f"{self.seed} {what}")

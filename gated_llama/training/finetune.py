@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import (
@@ -31,7 +30,6 @@ from transformers.integrations import get_available_reporting_integrations
 import configuration_gated
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
-from gated_llama import __version__
 from gated_llama.checkpoints.card import finetuning_card
 from gated_llama.checkpoints.folder import (
     CONFIG_NAME,
@@ -49,6 +47,7 @@ from gated_llama.data import Rows, one_row_each, pack, read_documents, shuffled,
 from gated_llama.errors import UserError, first_line
 from gated_llama.gates import gate_parameters, is_gate, train_only_gates, write_with_gates
 from gated_llama.loading import ADAPTER_CONFIG, load, load_tokenizer, refuse_adapter
+from gated_llama.runs import begin_record, resume_record
 from gated_llama.training.trainer import GatedTrainer, gathered, has_accelerator, is_sharded, training_arguments
 
 
@@ -307,29 +306,15 @@ def _rows(
 
 def _open_run(output: Path, asked: dict, resume: bool) -> None:
     """Make the folder of a new run, or see that the one there can be gone on with."""
-    record = output / RECORD
     if resume:
-        if not record.is_file():
-            raise UserError(f"{output} holds no run to resume: {RECORD} is missing there.")
-        begun = read_json(record)
-        if "result" in begun:
-            raise UserError(f"the run in {output} is finished: there is nothing to resume.")
-        asked = json.loads(json.dumps(asked))
-        if other := [name for name in asked if begun.get("asked", {}).get(name) != asked[name]]:
-            was = begun.get("asked", {}).get(other[0])
-            raise UserError(
-                f"the run in {output} began with {other[0]} {was!r}, not {asked[other[0]]!r}: resume it with what it "
-                "began with, or begin another."
-            )
+        resume_record(output / RECORD, asked)
         return
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"{output} is not empty: give another folder, or --resume to go on with the run in it.")
-        output.mkdir(parents=True, exist_ok=True)
-        versions = {"gated_llama": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
-        record.write_text(json.dumps({"asked": asked, "versions": versions}, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror}.") from error
+    begin_record(output / RECORD, asked)
 
 
 def _forget_run(output: Path) -> None:

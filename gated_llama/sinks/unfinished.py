@@ -1,0 +1,110 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What is kept of a run of `desink` until its output is written, to be gone on with; and how its processes agree."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from gated_llama.checkpoints.folder import read_json
+from gated_llama.errors import UserError, VerificationError
+from gated_llama.runs import begin_record, resume_record
+from gated_llama.sinks.distil import process_of, write_whole
+from gated_llama.sinks.result import DesinkResult
+
+
+class Unfinished:
+    """
+    A folder beside the output: what was asked for and has been done (`desink.json`), and the weights after that. Only
+    the first process writes.
+    """
+
+    def __init__(self, output: Path):
+        self.folder = output.with_name(f"{output.name}.unfinished")
+        self.record = self.folder / "desink.json"
+        self.gated = self.folder / "gated"  # the base, converted
+        self.steps = 0
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / f"{self.steps}.safetensors"
+
+    @property
+    def training(self) -> Path:
+        """Of the step that comes next, as far as it has come."""
+        return self.folder / f"{self.steps}-training.safetensors"
+
+    @contextmanager
+    def opened(self, asked: dict, *, resume: bool, force: bool) -> Iterator[None]:
+        """
+        The folder is gone once the block ends, but not if that is by an interruption, and something had been done.
+
+        Raises:
+            UserError: there is none to resume, or one that was not asked for; or the run was interrupted.
+        """
+        if resume:
+            self.steps = len(resume_record(self.record, asked).get("done", {}).get("steps", ()))
+        elif self.folder.exists() and not force:
+            raise UserError(f"{self.folder} is what a stopped run left: --resume goes on with it, --force begins anew.")
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            begin_record(self.record, asked)
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, VerificationError) or not (self.steps or self.training.exists()):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            elif isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
+                what = "interrupted" if isinstance(error, KeyboardInterrupt) else "out of memory"
+                raise UserError(f"{what}: --resume goes on from what {self.folder} has kept.") from None
+            raise
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def go_on(self, model: PreTrainedModel) -> DesinkResult | None:
+        """What had been done, with the weights behind that written to `model`; None if nothing had."""
+        done = read_json(self.record).get("done")
+        if done is None:
+            return None
+        self.steps = len(done["steps"])
+        self.restore(model)
+        return DesinkResult.of(done)
+
+    def restore(self, model: PreTrainedModel) -> None:
+        """Write the weights that were kept last to `model`."""
+        model.get_decoder().layers.load_state_dict(load_file(self.weights))
+
+    def keep(self, model: PreTrainedModel, result: DesinkResult) -> None:
+        """Layers alone: no step changes anything else."""
+        old = (self.weights, self.training)
+        self.steps = len(result.steps)
+        if process_of()[0]:
+            return
+        write_whole(self.weights, model.get_decoder().layers.state_dict())
+        record = read_json(self.record) | {"done": json.loads(result.to_json())}
+        part = self.record.with_name(f"{self.record.name}.part")
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        part.replace(self.record)
+        for path in set(old) - {self.weights}:
+            path.unlink(missing_ok=True)
+
+
+def from_main(value: Any) -> Any:
+    """What the first process has, so that all decide alike."""
+    values = [value]
+    if process_of()[1] > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def as_in_main(model: PreTrainedModel) -> None:
+    """Give every process the weights of the first."""
+    if process_of()[1] > 1:
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, 0)
