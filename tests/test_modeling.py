@@ -9,14 +9,16 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AfmoeConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.afmoe.modeling_afmoe import AfmoeAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import modeling_gated
-from configuration_gated import AUTO_MAP
+from configuration_gated import AUTO_MAP, GatedLlamaConfig
 from gated_llama.conversion.families import GATE_DEFAULTS, recognise
 from gated_llama.conversion.families import gated_config as config_of
-from modeling_gated import AttentionGate, GatedLlamaForCausalLM, GatedLlamaModel
+from modeling_gated import AttentionGate, GatedLlamaAttention, GatedLlamaForCausalLM, GatedLlamaModel
 from tiny import VARIANTS, gated_config, gated_model, left_padding, published, source_model, tiny_tokenizer, token_ids
 
 
@@ -282,6 +284,55 @@ def test_training_keeps_the_scores_and_their_product_and_no_more(gate_type, monk
     monkeypatch.setattr(AttentionGate, "forward", spelled_out)
     plain = bytes_kept(as_gated(source, gate_type=gate_type)) - bytes_kept(source)
     assert plain == added + 3 * 17 * values * 4
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, but no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        views = (torch.ops.aten.detach.default, torch.ops.aten._unsafe_view.default)
+        self.count += not (operation.is_view or operation in views)
+        return operation(*args, **(kwargs or {}))
+
+
+def operations_of(attention, training):
+    """Of one forward, and of its backward pass when `training`."""
+    attention.config._attn_implementation = "sdpa"
+    attention.train(training)
+    cos = torch.ones(1, 7, attention.head_dim)
+    states = torch.randn(2, 7, attention.config.hidden_size, requires_grad=training)
+    with torch.set_grad_enabled(training), Operations() as operations:
+        output = attention(states, position_embeddings=(cos, cos), attention_mask=None)[0]
+        if training:
+            output.sum().backward()
+    return operations.count
+
+
+@pytest.mark.parametrize(
+    ("training", "afmoe", "headwise", "elementwise"),
+    [(False, 3, 3, 3), (True, 9, 12, 11)],
+    ids=["inference", "training"],
+)
+def test_operations_beyond_llamas(training, afmoe, headwise, elementwise):
+    """
+    Launches are what eager decoding and small models cost: in inference no more of them than AFMoE's, the leanest gate
+    in-tree. In training its 9 are out of reach: it has no scale, and that takes one operation in the gradient of each
+    factor; a headwise gate sums over its head besides.
+    """
+    fields = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    counts = {}
+    for kind in GATE_TYPES:
+        counts[kind] = operations_of(GatedLlamaAttention(GatedLlamaConfig(**fields, gate_type=kind), 0), training)
+    in_tree = AfmoeAttention(AfmoeConfig(**fields, num_hidden_layers=1, layer_types=["sliding_attention"]), 0)
+    in_tree.q_norm = in_tree.k_norm = nn.Identity()  # Llama has none
+    counts["afmoe"] = operations_of(in_tree, training)
+    llama = operations_of(LlamaAttention(LlamaConfig(**fields), 0), training)
+    beyond = {name: count - llama for name, count in counts.items()}
+    assert beyond == {"headwise": headwise, "elementwise": elementwise, "afmoe": afmoe}
 
 
 @pytest.mark.parametrize("gate_type", GATE_TYPES)
