@@ -10,6 +10,7 @@ import argparse
 import sys
 
 from gated_llama.scripts.convert_checkpoint import LINK
+from gated_llama.training.ways import WAYS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval-data", nargs="+", default=(), help="the same, to measure on (default: 5%% of the rows of --data)")
     add("--eval-tokens", type=int, default=50_000, help="tokens to measure on at the most (default: 50000)")
     add("--out", required=True, help="the folder of the run: what was trained, a record, and checkpoints")
-    add("--train", choices=("lora", "gates", "full"), default="lora", help="what to train (default: lora, and gates)")
+    add("--train", choices=tuple(WAYS), default="lora", help="what to train (default: lora, and gates)")
     add("--epochs", type=float, default=1.0, help="passes over the data (default: 1)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
     add("--length", type=int, default=512, help="tokens a row (default: 512)")

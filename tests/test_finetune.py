@@ -281,7 +281,7 @@ def test_a_result_that_cannot_be_written_leaves_nothing_that_loads(tmp_path, dat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gated_llama.training.finetune.write_with_gates", full)
+    monkeypatch.setattr("gated_llama.gates.write_with_gates", full)
     with pytest.raises(UserError, match=r"the result could not be written: .*No space left.*checkpoint-8 is whole"):
         finetune(source, data, tmp_path / "run", train="gates")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"finetune.json", "checkpoints"}

@@ -42,11 +42,6 @@ CITATION = "## Citation\n"
 # What stands between these is written anew by the tools; the text around them is the author's.
 BEGIN, END = "<!-- gated-llama: begin -->", "<!-- gated-llama: end -->"
 
-TRAINED = {
-    "lora": "A LoRA adapter, and the gates trained whole beside it",
-    "gates": "The gates were trained; every other weight is as it was",
-    "full": "All weights were trained",
-}
 MEASURED = """## Measured
 
 By `gated-llama inspect`, on {windows} windows of {length} tokens.
@@ -143,24 +138,24 @@ def _command(result) -> str:
     return shlex.join(words)
 
 
-def finetuning_card(result, source: Source, config: GatedLlamaConfig, asked: dict) -> str:
+def finetuning_card(result, way, source: Source, config: GatedLlamaConfig, asked: dict) -> str:
     """
     Args:
         result: the [`FinetuneResult`] to describe.
+        way: the [`Way`] in which it was trained.
         source: the gated checkpoint that was trained.
         config: its config.
         asked: what the run was asked to do, by the names of [`FinetuneSettings`]; `data` and whatever differs from its
             defaults.
     """
-    lora = result.train == "lora"
     losses = ""
     if result.held_out_after is not None:
         losses = f"{result.held_out_before:.4f} before, {result.held_out_after:.4f} after"
     card_data = ModelCardData(
         base_model=source.name,
-        library_name="peft" if lora else "transformers",
+        library_name="peft" if way.is_adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["gated-attention", "gated-llama", *(["lora"] if lora else ["custom_code"])],
+        tags=["gated-attention", "gated-llama", *(["lora"] if way.is_adapter else ["custom_code"])],
         **_base_card_fields(source.folder),
     )
     asked = {name: _without_folders(value) for name, value in asked.items()}
@@ -178,14 +173,14 @@ def finetuning_card(result, source: Source, config: GatedLlamaConfig, asked: dic
         revision=source.revision,
         config=config,
         conversion=config.conversion,
-        what=TRAINED[result.train],
+        what=way.trained,
         command=shlex.join(words),
         trained=str(result.parameters).removeprefix("training "),
         result=result,
         settings=settings,
         losses=losses,
-        library="peft" if lora else "transformers",
-        auto_class="AutoPeftModelForCausalLM" if lora else "AutoModelForCausalLM",
+        library="peft" if way.is_adapter else "transformers",
+        auto_class="AutoPeftModelForCausalLM" if way.is_adapter else "AutoModelForCausalLM",
     )
 
 

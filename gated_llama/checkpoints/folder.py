@@ -74,6 +74,10 @@ class Source:
     revision: str | None  # commit on the Hub
     on_hub: bool
 
+    @property
+    def found_again_by(self) -> str:
+        return self.name if self.on_hub else str(self.folder.resolve())
+
 
 @dataclass(frozen=True)
 class TensorInfo:

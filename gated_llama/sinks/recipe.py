@@ -132,7 +132,7 @@ def desink_checkpoint(
     found = find_source(model, revision)
     refuse_nesting(found.folder, Path(output))
     text = [str(source) for source in text]
-    asked = {"model": str(found.name), "revision": found.revision, "text": text, **asdict(settings)}
+    asked = {"model": found.found_again_by, "revision": found.revision, "text": text, **asdict(settings)}
     main = processes.is_main_process
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(output, force=force)) if main else None

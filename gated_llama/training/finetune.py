@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -20,7 +19,6 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import (
     DataCollatorForSeq2Seq,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerState,
     set_seed,
@@ -35,7 +33,6 @@ from gated_llama.checkpoints.folder import (
     CONFIG_NAME,
     Checkpoint,
     Source,
-    copy_file,
     find_source,
     read_checkpoint,
     read_header,
@@ -45,14 +42,13 @@ from gated_llama.checkpoints.folder import (
 from gated_llama.conversion.families import read_gated_config
 from gated_llama.data import Rows, one_row_each, pack, read_documents, shuffled, split_off, tokenize
 from gated_llama.errors import UserError, first_line
-from gated_llama.gates import gate_parameters, is_gate, train_only_gates, write_with_gates
+from gated_llama.gates import gate_parameters, is_gate
 from gated_llama.loading import ADAPTER_CONFIG, load, load_tokenizer, refuse_adapter
 from gated_llama.runs import begin_record, resume_record
-from gated_llama.training.trainer import GatedTrainer, gathered, has_accelerator, is_sharded, training_arguments
+from gated_llama.training.trainer import GatedTrainer, has_accelerator, training_arguments
+from gated_llama.training.ways import WAYS, Written
 
 
-# The ways to train, and the learning rates of the weights that are customary for them.
-LEARNING_RATES = {"lora": 2e-4, "gates": 2e-5, "full": 2e-5}
 POSITIVE = (
     *("epochs", "steps", "length", "batch_size", "accumulate", "lr", "lora_rank", "fsdp_size", "tp_size"),
     *("save_steps", "log_steps", "eval_tokens"),
@@ -142,8 +138,8 @@ class FinetuneSettings:
         Raises:
             UserError: a setting has a value that it cannot have, or not with another.
         """
-        if self.train not in LEARNING_RATES:
-            raise UserError(f"there is no way to train {self.train!r}: {', '.join(LEARNING_RATES)} are.")
+        if self.train not in WAYS:
+            raise UserError(f"there is no way to train {self.train!r}: {', '.join(WAYS)} are.")
         if self.quantize not in (None, "4bit", "8bit"):
             raise UserError(f"there is no quantization {self.quantize!r}: 4bit and 8bit are.")
         for name, value in asdict(self).items():
@@ -155,14 +151,13 @@ class FinetuneSettings:
             raise UserError("length must be at least 2: one token predicts nothing.")
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out is a share of the data from 0 to less than 1, not {self.held_out}.")
-        if self.quantize and self.train != "lora":
+        if self.quantize and not WAYS[self.train].quantizes:
             raise UserError(f"quantized weights cannot be trained: use train='lora', not {self.train!r}.")
         if self.quantize and find_spec("bitsandbytes") is None:
             raise UserError("quantize needs the package bitsandbytes: `pip install bitsandbytes`, or leave it out.")
         if self.report_to not in ("none", "all", *get_available_reporting_integrations()):
             raise UserError(f"report_to {self.report_to!r} needs a package of its name: install it, or leave it out.")
-        if self.sharded and self.train == "lora":
-            # PEFT trains a copy of the gates, and a sharded parameter cannot be copied (torch 2.13, peft 0.21).
+        if self.sharded and not WAYS[self.train].shards:
             raise UserError(
                 "LoRA with gates cannot be trained on sharded weights: leave out fsdp_size and tp_size (every process "
                 "then holds the model, quantized if need be), or train the gates or all of it."
@@ -223,7 +218,7 @@ def finetune_checkpoint(
     """
     settings = settings or FinetuneSettings()
     settings.check()
-    if link and settings.train != "gates":
+    if link and not WAYS[settings.train].links:
         raise UserError(f"link needs weights that stay as they are: use train='gates', not {settings.train!r}.")
     processes = PartialState(cpu=not has_accelerator())
     refuse_adapter(model)
@@ -234,7 +229,7 @@ def finetune_checkpoint(
     config = read_gated_config(checkpoint.config, str(found.folder / CONFIG_NAME))
     if config.architectures != ["GatedLlamaForCausalLM"]:
         raise UserError(f"{found.folder} holds a {config.architectures[0]}: only causal language models are trained.")
-    asked = {"model": _name(found), "data": [str(source) for source in data], **asdict(settings)}
+    asked = {"model": found.found_again_by, "data": [str(source) for source in data], **asdict(settings)}
     asked["processes"] = processes.num_processes
 
     tokenizer = load_tokenizer(found.folder)
@@ -277,11 +272,6 @@ def finetune_checkpoint(
     )
     _write_result(trainer, checkpoint, config, found, result, link)
     return result
-
-
-def _name(source: Source) -> str:
-    """By which it can be found again."""
-    return source.name if source.on_hub else str(source.folder.resolve())
 
 
 def _rows(
@@ -345,7 +335,8 @@ def _is_whole(checkpoint: Path) -> bool:
 def _load_network(found: Source, config: GatedLlamaConfig, settings: FinetuneSettings) -> torch.nn.Module:
     """The model, with what is to be trained in fp32 and set to `requires_grad`."""
     asked = {"dtype": config.dtype or torch.float32}
-    if settings.train == "full" or settings.sharded or (asked["dtype"] is torch.float16 and not has_accelerator()):
+    way = WAYS[settings.train]
+    if way.in_fp32 or settings.sharded or (asked["dtype"] is torch.float16 and not has_accelerator()):
         asked["dtype"] = torch.float32
     if settings.quantize:
         from transformers import BitsAndBytesConfig
@@ -365,32 +356,11 @@ def _load_network(found: Source, config: GatedLlamaConfig, settings: FinetuneSet
     if settings.gradient_checkpointing:
         newer_name = getattr(network, "activation_checkpointing_enable", None)
         (newer_name or network.gradient_checkpointing_enable)()
-    if settings.train == "gates":
-        train_only_gates(network)
-    elif settings.train == "lora":
-        network = _with_lora(network, found, settings)
+    network = way.prepare(network, found, settings)
     for _, gate in gate_parameters(network):
         if gate.requires_grad and gate.dtype != torch.float32:
             gate.data = gate.data.float()
     return network
-
-
-def _with_lora(network: PreTrainedModel, found: Source, settings: FinetuneSettings) -> torch.nn.Module:
-    try:
-        from peft import get_peft_model, prepare_model_for_kbit_training
-
-        from gated_llama.adapters import gated_lora_config
-    except ImportError as error:
-        raise UserError("LoRA needs the peft package: `pip install peft`, or train the gates or all of it.") from error
-    # What the adapter will name as its base.
-    network.name_or_path = _name(found)
-    lora = gated_lora_config(settings.lora_rank, mlp=settings.lora_mlp, revision=found.revision)
-    with warnings.catch_warnings():
-        # PEFT's use of a name that Transformers 5.23 deprecates is nothing that a user can mend.
-        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-        if settings.quantize:
-            network = prepare_model_for_kbit_training(network, use_gradient_checkpointing=False)
-        return get_peft_model(network, lora)
 
 
 def _trainer(
@@ -404,7 +374,7 @@ def _trainer(
     progress: bool,
     from_start: bool,
 ) -> GatedTrainer:
-    lr = LEARNING_RATES[settings.train] if settings.lr is None else settings.lr
+    lr = WAYS[settings.train].lr if settings.lr is None else settings.lr
     arguments = training_arguments(
         output / CHECKPOINTS,
         learning_rate=lr,
@@ -483,7 +453,7 @@ def _reported_settings(asked: dict) -> dict:
     """The settings that the card reports: data, learning rates, and whatever differs from the defaults."""
     usual = json.loads(json.dumps(asdict(FinetuneSettings())))
     told = {name: value for name, value in asked.items() if name in usual and value != usual[name]}
-    lr = LEARNING_RATES[asked["train"]] if asked["lr"] is None else asked["lr"]
+    lr = WAYS[asked["train"]].lr if asked["lr"] is None else asked["lr"]
     rates = {"gate_lr": asked["gate_lr"]} if asked["train"] == "gates" else {"lr": lr, "gate_lr": asked["gate_lr"]}
     return {"data": asked["data"], "train": asked["train"], **rates, **told}
 
@@ -497,32 +467,21 @@ def _write_result(
     link: bool,
 ) -> None:
     """Write what was trained under a provisional name, then move it into the run's folder, what makes it load last."""
-    network, output = trainer.model, Path(result.output)
+    network, output, way = trainer.model, Path(result.output), WAYS[result.train]
     partial = output / ".result"
     main = trainer.args.should_save
     try:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-        if result.train == "gates":
-            gates = {name: gathered(gate) for name, gate in gate_parameters(network)}
-            if main:
-                write_with_gates(checkpoint, gates, partial, link=link, progress=False)
-                copy_file(checkpoint.folder / CONFIG_NAME, partial / CONFIG_NAME)
-        else:
-            if not is_sharded(network):  # back from fp32: what is loaded again is then what is in memory now
-                dtype = config.dtype or torch.float32
-                for name, parameter in network.named_parameters():
-                    if result.train == "full" or (parameter.requires_grad and is_gate(name)):
-                        parameter.data = parameter.data.to(dtype)
-            network.save_pretrained(partial, is_main_process=main)
+        way.write(network, Written(partial, checkpoint, config.dtype or torch.float32, link, main))
         if main:
             checkpoint.copy_carried(partial)
-            if result.train != "lora":
+            if not way.is_adapter:
                 for module in (configuration_gated, modeling_gated):
                     shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
             record = read_json(output / RECORD)
-            card = finetuning_card(result, found, config, _reported_settings(record["asked"]))
+            card = finetuning_card(result, way, found, config, _reported_settings(record["asked"]))
             (partial / "README.md").write_text(card, encoding="utf-8")
             record |= {"result": asdict(result), "log": trainer.state.log_history}
             (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
