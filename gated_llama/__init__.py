@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # so that editors see the names that come lazily
     from gated_llama.errors import VerificationError as VerificationError
     from gated_llama.gates import gate_parameter_groups as gate_parameter_groups
     from gated_llama.gates import train_only_gates as train_only_gates
-    from gated_llama.inspection.measure import Measurements as Measurements
     from gated_llama.inspection.measure import measure as measure
+    from gated_llama.inspection.results import Measurements as Measurements
     from gated_llama.loading import load_adapter as load_adapter
     from gated_llama.merge import MergeResult as MergeResult
     from gated_llama.merge import merge_adapter as merge_adapter
@@ -52,7 +52,7 @@ _HOME = {
     "FinetuneResult": "training.finetune",
     "FinetuneSettings": "training.finetune",
     "GateMonitor": "training.monitor",
-    "Measurements": "inspection.measure",
+    "Measurements": "inspection.results",
     "MergeResult": "merge",
     "GateTraining": "training.trainer",
     "GatedTrainer": "training.trainer",

@@ -82,27 +82,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_models(measured) -> None:
-    rows = [
-        ("loss, nats a token", [f"{m.loss:.4f}" for m in measured]),
-        ("perplexity", [f"{m.perplexity:.3f}" for m in measured]),
-        ("attention to the first token", [f"{m.attention.first_token:.3f}" for m in measured]),
-        ("… of later queries alone", [f"{m.attention.first_token_later:.3f}" for m in measured]),
-    ]
-    for length in measured[0].attention.sink_rate:
-        rows.append((f"sink rate, {length} tokens", [f"{m.attention.sink_rate[length]:.1%}" for m in measured]))
-    rows += [
-        ("largest activation (M-Act)", [f"{m.activations.m_act:.4g}" for m in measured]),
-        ("layers with |x| > 100", [f"{m.activations.above_100:.1%}" for m in measured]),
-        ("layers with massive ones", [f"{m.activations.massive:.1%}" for m in measured]),
-        ("kurtosis into o_proj, most", [f"{max(m.activations.input_kurtosis['o_proj']):.4g}" for m in measured]),
-        ("kurtosis into down_proj, most", [f"{max(m.activations.input_kurtosis['down_proj']):.4g}" for m in measured]),
-    ]
+    from dataclasses import asdict
+
+    from gated_llama.checkpoints.measurements import summary_rows
+
     names = [m.model.rstrip("/").rpartition("/")[2][-24:] for m in measured]
-    first = measured[0]
-    print(f"{first.windows} windows of {first.length} tokens")
-    print(f"{'':31}" + "".join(f"{name:>26}" for name in names))
-    for name, values in rows:
-        print(f"{name:31}" + "".join(f"{value:>26}" for value in values))
+    print(f"{measured[0].windows} windows of {measured[0].length} tokens")
+    print(f"{'':43}" + "".join(f"{name:>26}" for name in names))
+    for name, _, values in summary_rows([asdict(m) for m in measured]):
+        print(f"{name:43}" + "".join(f"{value:>26}" for value in values))
     print()
 
 
@@ -114,10 +102,6 @@ def print_gates(measurements) -> None:
         all_of_them = len(heads) == sum(map(len, report.heads))
         listed = f"all {len(heads)}" if all_of_them else ", ".join(f"{layer}.{head}" for layer, head in heads) or "none"
         print(f"heads {name}: {listed}")
-    if measurements.without_gates:
-        print("on the first windows alone, so that the loss is not that of all above:")
-    for state, (loss, divergence) in measurements.without_gates.items():
-        print(f"loss with gates {state:9} {loss:.4f}, KL from trained {divergence:.4f} nats a token")
 
 
 def _print_table(rows) -> None:

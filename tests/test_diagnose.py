@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gated_llama import UserError, measure
-from gated_llama.inspection.measure import FIRST_QUERIES, token_kind
+from gated_llama.inspection.collectors import FIRST_QUERIES, token_kind
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import VOCAB, gated_model, source_model, tiny_tokenizer, token_ids
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gated_llama.inspection.attention import capture_attention, decoder_layers
-from gated_llama.inspection.measure import last_states, token_losses
+from gated_llama.inspection.losses import last_states, token_losses
 
 
 SINK_SHARE = 0.3  # of a head's attention, from which on a key is its sink (Gu et al., arXiv 2410.10781)

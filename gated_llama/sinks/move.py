@@ -24,7 +24,7 @@ from configuration_gated import GatedLlamaConfig
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_values
 from gated_llama.inspection.attention import decoder_layers
-from gated_llama.inspection.measure import token_losses
+from gated_llama.inspection.losses import token_losses
 from gated_llama.sinks.judge import losses
 from gated_llama.sinks.layers import Attended, attend, embed, rotary_of, sink_tokens, state_lengths
 

@@ -1,0 +1,282 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What is summed up while a text passes through a model: nothing per token, and no attention map, is kept."""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gated_llama.gates import gate_modules
+from gated_llama.inspection.attention import capture_attention, decoder_layers
+from gated_llama.inspection.results import ActivationReport, AttentionReport, GateReport, GateStatistics
+
+
+SINK_SHARE = 0.3  # ε of the sink rate
+SINK_LENGTH = 64  # T of the sink rate as it is published
+FIRST_QUERIES = 16  # have few keys to look at, so that each gets much
+GATE_BINS = 40
+TOKENS_AT_ONCE = 1024  # whose copies in fp32 are held
+FUNCTION_WORDS = frozenset(
+    "a an and are as at be but by for from has have if in into is it its no not of on or so than that the their then "
+    "there these they this to was were which will with would you".split()
+)
+KINDS = ("first token", "whitespace", "punctuation", "number", "function word", "other")
+
+
+class Collector:
+    """Sums up forwards of windows of `length` tokens, and gives its part of the [`Measurements`]."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int):
+        self.model, self.tokenizer, self.length = model, tokenizer, length
+
+    def watching(self) -> AbstractContextManager[None]:
+        """The block in which forwards are seen."""
+        raise NotImplementedError
+
+    def begin(self, ids: torch.Tensor) -> None:
+        """Before each forward, of token ids (B, T)."""
+
+    def end(self, ids: torch.Tensor) -> None:
+        """After it."""
+
+    def report(self, windows: int) -> Any:
+        """After all of them."""
+        raise NotImplementedError
+
+
+def token_kind(text: str) -> str:
+    """One of `KINDS` (the position decides on the first), for the text of one token."""
+    word = text.strip()
+    if not word:
+        return "whitespace"
+    if re.fullmatch(r"[\W_]+", word):
+        return "punctuation"
+    if re.fullmatch(r"[\d.,]+", word):
+        return "number"
+    return "function word" if word.lower() in FUNCTION_WORDS else "other"
+
+
+class AttentionSums(Collector):
+    """The attention that each key receives, summed over queries, window by window."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int):
+        super().__init__(model, tokenizer, length)
+        config = model.config
+        shape = (config.num_hidden_layers, config.num_attention_heads)
+        self.lengths = sorted({*(n for n in (2**p for p in range(6, 20)) if n < length), length})
+        self.first = torch.zeros(shape, dtype=torch.float64)  # mean over queries, summed over windows
+        self.first_later = torch.zeros(shape, dtype=torch.float64)
+        self.sinks = {n: torch.zeros(shape, dtype=torch.float64) for n in self.lengths}
+        self.positions = torch.zeros(length, dtype=torch.float64)
+        # The last keys are seen by few queries, so any of them may look like a sink.
+        self.counted = max(1, length - SINK_LENGTH)
+        self.token_shares = torch.zeros(config.vocab_size, dtype=torch.float64)
+        self.token_counts = torch.zeros(config.vocab_size, dtype=torch.int64)
+        self.size = torch.zeros(config.num_hidden_layers, dtype=torch.float64)  # mean |output|, summed over windows
+        self.received: dict[int, torch.Tensor] = {}  # (B, N, T)
+        self.to_first: dict[int, torch.Tensor] = {}  # (B, N, T), by query
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with capture_attention(self.model, self.see):
+            yield
+
+    def see(self, layer: int, start: int, first: int, weights: torch.Tensor, output: torch.Tensor) -> None:
+        self.size[layer] += output.abs().float().mean((1, 3)).sum().item() / self.length
+        if layer not in self.received:
+            self.received[layer] = weights.new_zeros(*weights.shape[:2], self.length)
+            self.to_first[layer] = weights.new_zeros(*weights.shape[:2], self.length)
+        self.received[layer][:, :, first : first + weights.shape[3]] += weights.sum(2)
+        if first == 0:
+            self.to_first[layer][:, :, start : start + weights.shape[2]] = weights[:, :, :, 0]
+
+    def end(self, ids: torch.Tensor) -> None:
+        by_key = torch.zeros(ids.shape, dtype=torch.float64)  # (B, T)
+        queries = torch.arange(self.length, 0, -1)  # that can see each key
+        for layer, received in self.received.items():
+            by_query = self.to_first[layer].cpu().double()  # (B, N, T)
+            self.first[layer] += by_query.mean(2).sum(0)
+            self.first_later[layer] += by_query[:, :, min(FIRST_QUERIES, self.length - 1) :].mean(2).sum(0)
+            for length, sinks in self.sinks.items():
+                sinks[layer] += (by_query[:, :, :length].mean(2) > SINK_SHARE).double().sum(0)
+            by_key += (received.cpu() / queries > SINK_SHARE).double().sum(1)
+        self.positions += by_key.sum(0)
+        counted, shares = ids[:, : self.counted].flatten(), by_key[:, : self.counted].flatten() / self.first.numel()
+        self.token_shares.index_add_(0, counted, shares)
+        self.token_counts += torch.bincount(counted, minlength=len(self.token_counts))
+        self.received.clear()
+        self.to_first.clear()
+
+    def report(self, windows: int) -> AttentionReport:
+        heads = self.first.numel()
+        positions = self.positions / (heads * windows)
+        values, places = positions[: self.counted].topk(min(10, self.counted))
+        tokens = self.token_shares.topk(min(10, len(self.token_shares))).indices.tolist()
+        shares = {token: (self.token_shares / self.token_counts)[token].item() for token in tokens}
+        return AttentionReport(
+            first_token=(self.first / windows).mean().item(),
+            first_token_later=(self.first_later / windows).mean().item(),
+            heads=(self.first / windows).tolist(),
+            sink_rate={length: (sinks / windows).mean().item() for length, sinks in self.sinks.items()},
+            sink_heads=(self.sinks[self.length] / windows).tolist(),
+            output_size=(self.size / windows).tolist(),
+            sink_tokens=[
+                (self.tokenizer.decode([token]), int(self.token_counts[token]), share)
+                for token, share in shares.items()
+                if share > 0
+            ],
+            sink_positions=[(int(p), v) for p, v in zip(places, values.tolist(), strict=True) if v > 0],
+        )
+
+
+class ActivationSums(Collector):
+    """Sizes in the residual stream, and of what `o_proj` and `down_proj` read."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int):
+        super().__init__(model, tokenizer, length)
+        self.layers = decoder_layers(model)
+        count = len(self.layers)
+        self.top3 = torch.zeros(count, 3, dtype=torch.float64)
+        self.median = torch.zeros(count, dtype=torch.float64)
+        self.above_100 = torch.zeros(count, dtype=torch.float64)
+        self.massive = torch.zeros(count, dtype=torch.float64)
+        self.moments = {name: torch.zeros(count, 6, dtype=torch.float64) for name in ("o_proj", "down_proj")}
+        self.maxima = {name: torch.zeros(count, dtype=torch.float64) for name in self.moments}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for number, layer in enumerate(self.layers):
+                hooks = [
+                    layer.register_forward_hook(lambda m, i, output, n=number: self.see_stream(n, output)),
+                    layer.self_attn.o_proj.register_forward_pre_hook(
+                        lambda m, inputs, n=number: self.see_input("o_proj", n, inputs[0])
+                    ),
+                    layer.mlp.down_proj.register_forward_pre_hook(
+                        lambda m, inputs, n=number: self.see_input("down_proj", n, inputs[0])
+                    ),
+                ]
+                for hook in hooks:
+                    stack.callback(hook.remove)
+            yield
+
+    def see_stream(self, layer: int, output: torch.Tensor | tuple) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        for window in states:  # (T, E), each by itself as in the paper
+            sizes = window.detach().abs().flatten().float()
+            top3, median = sizes.topk(3).values.cpu().double(), sizes.median().item()
+            self.top3[layer] += top3
+            self.median[layer] += median
+            self.above_100[layer] += float(top3[0] > 100)
+            self.massive[layer] += float(top3[0] > 100 and top3[0] > 1000 * median)
+
+    def see_input(self, name: str, layer: int, states: torch.Tensor) -> None:
+        for part in states.detach().flatten(0, -2).split(TOKENS_AT_ONCE):
+            x = part.flatten().float()
+            square, size = x * x, x.abs()
+            sums = [x.sum(), square.sum(), square.dot(x), square.dot(square), size.sum()]
+            counted = [x.numel(), *(value.item() for value in sums)]
+            self.moments[name][layer] += torch.tensor(counted, dtype=torch.float64)
+            self.maxima[name][layer] = max(self.maxima[name][layer].item(), size.max().item())
+
+    def report(self, windows: int) -> ActivationReport:
+        size, kurtosis = {}, {}
+        for name, moments in self.moments.items():
+            m1, m2, m3, m4, absolute = moments.T[1:] / moments.T[0]
+            size[name] = absolute.tolist()
+            variance = m2 - m1**2
+            kurtosis[name] = ((m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2).tolist()
+        return ActivationReport(
+            top3=(self.top3 / windows).tolist(),
+            median=(self.median / windows).tolist(),
+            above_100=(self.above_100 / windows).mean().item(),
+            massive=(self.massive / windows).mean().item(),
+            m_act=(self.top3[:, 0] / windows).mean().item(),
+            input_size=size,
+            input_max={name: maxima.tolist() for name, maxima in self.maxima.items()},
+            input_kurtosis=kurtosis,
+        )
+
+
+class GateSums(Collector):
+    """The gates by layer, head and kind of token."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int):
+        super().__init__(model, tokenizer, length)
+        self.modules = gate_modules(model)
+        config = model.config
+        self.heads, count = config.num_attention_heads, config.num_hidden_layers
+        self.largest = getattr(config, "gate_scale", 0.0)
+        self.sums = torch.zeros(count, len(KINDS), 5, dtype=torch.float64)  # as in GateStatistics
+        self.tokens = torch.zeros(len(KINDS), dtype=torch.float64)
+        self.by_head = torch.zeros(count, self.heads, dtype=torch.float64)
+        self.least = torch.full((count, self.heads), math.inf)
+        self.most = torch.full((count, self.heads), -math.inf)
+        self.histogram = torch.zeros(count, GATE_BINS, dtype=torch.int64)
+
+    def begin(self, ids: torch.Tensor) -> None:
+        if self.modules:
+            self.kinds = _kinds(self.tokenizer, ids)  # (B, T)
+            self.tokens += torch.bincount(self.kinds.flatten(), minlength=len(KINDS))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for layer, gates in self.modules.items():
+                for gate in gates:
+                    hook = gate.register_forward_hook(lambda m, i, output, n=layer: self.see(n, m.values(output[1])))
+                    stack.callback(hook.remove)
+            yield
+
+    def see(self, layer: int, gates: torch.Tensor) -> None:
+        gates, kinds = gates.detach().flatten(0, 1), self.kinds.flatten()  # (B·T, N·G), (B·T)
+        for gate, kind in zip(gates.split(TOKENS_AT_ONCE), kinds.split(TOKENS_AT_ONCE), strict=True):
+            gate = gate.float().cpu()
+            values = (
+                torch.stack([torch.ones_like(gate), gate, (gate - 1).abs(), gate < 0.1, gate > 1.5]).sum(2).double()
+            )
+            for number in range(len(KINDS)):  # (5, tokens) -> (5)
+                self.sums[layer, number] += values[:, kind == number].sum(1)
+            heads = gate.unflatten(1, (self.heads, -1))  # (tokens, N, G)
+            self.by_head[layer] += heads.double().mean(2).sum(0)
+            self.least[layer] = torch.minimum(self.least[layer], heads.amin((0, 2)))
+            self.most[layer] = torch.maximum(self.most[layer], heads.amax((0, 2)))
+            self.histogram[layer] += torch.histc(gate, GATE_BINS, 0, self.largest).long()
+
+    def report(self, windows: int) -> GateReport | None:
+        if not self.modules:
+            return None
+
+        def summary(sums: torch.Tensor, tokens: float) -> GateStatistics:
+            count, *rest = sums.tolist()
+            return GateStatistics(round(tokens), *(value / count if count else float("nan") for value in rest))
+
+        tokens = self.tokens.sum().item()
+        near_one = (self.least > 0.9) & (self.most < 1.1)
+        return GateReport(
+            layers=[summary(sums.sum(0), tokens) for sums in self.sums],
+            kinds={kind: summary(self.sums[:, n].sum(0), self.tokens[n].item()) for n, kind in enumerate(KINDS)},
+            heads=(self.by_head / tokens).tolist(),
+            histogram=self.histogram.tolist(),
+            histogram_end=self.largest,
+            always_open=[tuple(place) for place in near_one.nonzero().tolist()],
+            always_shut=[tuple(place) for place in (self.most < 0.1).nonzero().tolist()],
+        )
+
+
+def _kinds(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tensor:
+    kinds = {token: KINDS.index(token_kind(tokenizer.decode([token]))) for token in ids.unique().tolist()}
+    numbers = torch.tensor([[kinds[token] for token in row] for row in ids.tolist()])
+    numbers[:, 0] = KINDS.index("first token")
+    return numbers
+
+
+COLLECTORS: dict[str, type[Collector]] = {  # by the field of `Measurements` that they give
+    "attention": AttentionSums,
+    "activations": ActivationSums,
+    "gates": GateSums,
+}

@@ -1,0 +1,33 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The loss of each token, without the logits of a whole text in memory."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+TOKENS_AT_ONCE = 1024  # whose logits are held
+
+
+def last_states(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The last hidden states (B, T, E): the logits of a long text would take more room than all else."""
+    return model.get_decoder()(ids.to(model.device), attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def logits_in_parts(model: PreTrainedModel, states: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """The logits in fp32 of some tokens at a time, with the first and the last of them."""
+    for start in range(0, states.shape[1], TOKENS_AT_ONCE):
+        stop = min(start + TOKENS_AT_ONCE, states.shape[1])
+        yield start, stop, model.get_output_embeddings()(states[:, start:stop]).float()
+
+
+def token_losses(model: PreTrainedModel, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """In nats, for each predicted token: (B, T - 1), on the CPU."""
+    wanted = ids[:, 1:].to(states.device)
+    losses = [
+        nn.functional.cross_entropy(logits.transpose(1, 2), wanted[:, start:stop], reduction="none")
+        for start, stop, logits in logits_in_parts(model, states[:, :-1])
+    ]
+    return torch.cat(losses, dim=1).double().cpu()
