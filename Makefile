@@ -49,50 +49,50 @@ sinks: .venv/installed
 
 # Slow, or in need of more than a bare machine: run by hand, with the outcome in LOG.md.
 check-real-shapes: .venv/installed
-	.venv/bin/python -m pytest -s tests/check_real_shapes.py
+	.venv/bin/python -m pytest -s -m real_shapes tests/slow/check_real_shapes.py
 
 # TEXT and MODELS may say what is taken.
 check-real-models: .venv/installed
-	.venv/bin/python -m pytest -s tests/check_real_models.py
+	.venv/bin/python -m pytest -s -m real_models tests/slow/check_real_models.py
 
 check-big: .venv/installed
-	.venv/bin/python -m pytest -s tests/check_big.py
+	.venv/bin/python -m pytest -s -m big tests/slow/check_big.py
 
 check-gpu: .venv/installed
-	.venv/bin/python -m pytest -s tests/check_gpu.py
+	.venv/bin/python -m pytest -s -m gpu tests/slow/check_gpu.py
 
 check-quantized-cache: .venv-quantized/installed
-	.venv-quantized/bin/python -m pytest -s -W ignore::DeprecationWarning tests/check_quantized_cache.py
+	.venv-quantized/bin/python -m pytest -s -W ignore::DeprecationWarning -m quantized_cache tests/slow/check_quantized_cache.py
 
 check-parallel: .venv/installed
-	.venv/bin/python -m pytest -s tests/check_parallel.py
+	.venv/bin/python -m pytest -s -m parallel tests/slow/check_parallel.py
 
 check-serve: .venv/installed
-	.venv/bin/python -m pytest -s tests/check_serve.py
+	.venv/bin/python -m pytest -s -m serve tests/slow/check_serve.py
 
 check-distributed: .venv/installed
-	.venv/bin/python -m pytest -s tests/check_distributed.py
+	.venv/bin/python -m pytest -s -m distributed tests/slow/check_distributed.py
 
 # chromium and chromedriver must be on the PATH (Debian: chromium, chromium-driver).
 check-report: .venv-report/installed
-	.venv-report/bin/python -m pytest -s tests/check_report.py
+	.venv-report/bin/python -m pytest -s -m report tests/slow/check_report.py
 
 check-vllm: .venv-vllm/installed
-	.venv-vllm/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_vllm.py
+	.venv-vllm/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning -m vllm tests/slow/check_vllm.py
 
 check-quantized: .venv-finetune/installed
-	.venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_quantized.py
+	.venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning -m quantized tests/slow/check_quantized.py
 
 # Transformers' tests have markers and warnings that ours forbid; without stdin, none of their processes can ask for trust.
 check-upstream: .venv-upstream/installed
-	$(PYTEST) .venv-upstream/bin/python -m pytest -o addopts=-q -W ignore tests/check_upstream.py < /dev/null
+	$(PYTEST) .venv-upstream/bin/python -m pytest -o addopts=-q -W ignore -m upstream tests/slow/check_upstream.py < /dev/null
 
 check-lm-eval: .venv-lm-eval/installed
-	$(PYTEST) .venv-lm-eval/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_lm_eval.py
+	$(PYTEST) .venv-lm-eval/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning -m lm_eval tests/slow/check_lm_eval.py
 
 # The packages it needs use names that others of them deprecate.
 check-finetune: .venv-finetune/installed
-	$(PYTEST) .venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning tests/check_finetune.py
+	$(PYTEST) .venv-finetune/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning -m finetune tests/slow/check_finetune.py
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

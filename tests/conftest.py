@@ -29,6 +29,11 @@ sys.meta_path.insert(0, NotInstalled())
 """
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Slow tests, which need packages and minutes, are collected only where one of their markers is asked for."""
+    return True if collection_path.name == "slow" and not config.option.markexpr else None
+
+
 @pytest.fixture
 def run_python(tmp_path):
     """Run code in a fresh process in a folder of its own, with its own cache for remote code."""

@@ -17,6 +17,7 @@ import tarfile
 import unittest
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from transformers import LlamaConfig
@@ -24,6 +25,10 @@ from transformers import LlamaConfig
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from measured import ROOT
+
+
+pytestmark = pytest.mark.upstream
+pytest.importorskip("parameterized")  # which their tests need
 
 
 VERSION = transformers.__version__

@@ -16,6 +16,9 @@ from gated_llama.conversion.classes import shapes_of
 from measured import run_measured
 
 
+pytestmark = pytest.mark.big
+
+
 LAYERS = 68  # of 436 MB each in bf16
 LIMIT_MB = 500
 

@@ -12,6 +12,9 @@ from transformers.utils import is_flash_attn_2_available
 from tiny import source_model, token_ids
 
 
+pytestmark = pytest.mark.gpu
+
+
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
 SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 

@@ -31,6 +31,9 @@ from hub import local_hub
 from tiny import published, source_model, tiny_tokenizer, token_ids
 
 
+pytestmark = pytest.mark.finetune
+
+
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 320, "head_dim": 16}
 GATES = ["headwise", "elementwise"]
 

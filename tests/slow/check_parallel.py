@@ -17,6 +17,9 @@ from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, token_ids
 
 
+pytestmark = pytest.mark.parallel
+
+
 TOKENS = 12
 NAMES = {"tp": "tensor parallel", "fsdp": "FSDP2", "pp": "pipeline parallel"}
 WORKER = """

@@ -23,6 +23,9 @@ from gated_llama.scripts.cli import main
 from gated_llama.scripts.run_demo import python_reference
 
 
+pytestmark = pytest.mark.real_models
+
+
 CHOSEN = os.environ.get("MODELS", " ".join(PACKAGED)).split()
 MESSAGES = [{"role": "user", "content": "What is gravity?"}]
 TARGETS = ("base", "official", "qwen3_5")

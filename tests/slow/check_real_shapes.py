@@ -22,6 +22,9 @@ import modeling_gated  # noqa: F401  (registers the Auto classes)
 from gated_llama import convert_checkpoint
 
 
+pytestmark = pytest.mark.real_shapes
+
+
 # config.json as published (Transformers 4.x), the fields that say what the model is.
 PUBLISHED = {
     "Llama-3.2-1B": {

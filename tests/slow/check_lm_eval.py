@@ -21,6 +21,9 @@ from gated_llama import convert_checkpoint, gated_lora_config
 from tiny import published, source_model, tiny_tokenizer
 
 
+pytestmark = pytest.mark.lm_eval
+
+
 CHOICES = [" mat", " red cat", " grumpy", " the cat, which was red"]
 QUESTIONS = ["the grumpy cat sat on the", "which was", "the cat", "on the mat, which was", "sat"]
 DOCUMENTS = [{"question": text, "choices": CHOICES, "answer": i % len(CHOICES)} for i, text in enumerate(QUESTIONS)]

@@ -6,7 +6,6 @@ asked for by a config or by a dict; what quantizing costs a gated model beside w
 
 import pytest
 import torch
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from engines import record
@@ -14,6 +13,10 @@ from gated_llama import convert_checkpoint
 from gated_llama.gates import gate_parameters
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, published, source_model, token_ids
+
+
+pytestmark = pytest.mark.quantized
+Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
 
 
 QUANTIZATIONS = {
