@@ -8,13 +8,14 @@ Qwen3.5 text model, for what has QK norm; runs without custom code. official: th
 import argparse
 import sys
 
+from gated_llama.conversion.targets import TARGETS
 from gated_llama.scripts.cli import add_writing_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a gated checkpoint: a folder, or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
-    parser.add_argument("--to", choices=("base", "qwen3_5", "official"), required=True, help="the format")
+    parser.add_argument("--to", choices=TARGETS, required=True, help="the format")
     parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not run source and result")
     add_writing_arguments(parser)
 
