@@ -5,7 +5,7 @@ PYTEST = env OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKERS ?= 2
 MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py tests/test_publish.py
 
-.PHONY: demo test test-newest test-oldest style bench textbook pretrain sinks check-big check-gpu check-parallel \
+.PHONY: demo test test-newest test-oldest style bench textbook pretrain sinks gpu gpu-pack check-big check-gpu check-parallel \
 	check-quantized-cache check-real-shapes check-real-models check-finetune check-distributed check-report check-vllm check-quantized check-serve \
 	check-upstream check-lm-eval
 
@@ -46,6 +46,15 @@ pretrain: .venv/installed
 sinks: .venv/installed
 	.venv/bin/python benchmarks/sinks.py --text $(TEXT) --held-out $(HELD_OUT)
 	.venv/bin/python benchmarks/sinks.py --write
+
+# All that a GPU is wanted for, in ten minutes of one that has torch and Transformers; gpu-pack makes what it takes along.
+DATA ?= build/gpu-data
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py --data $(DATA)
+
+gpu-pack: .venv/installed
+	.venv/bin/python benchmarks/gpu.py --pack $(DATA)
 
 # Slow, or in need of more than a bare machine: run by hand, with the outcome in LOG.md.
 check-real-shapes: .venv/installed

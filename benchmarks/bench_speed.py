@@ -4,15 +4,18 @@ What the gate costs: Llama, ours, the in-tree gated attentions and the retrofit 
 contestants.py), once each has proved to compute what it should. Every contestant does the same work once a round, in
 rotating order; a ratio is to Llama in the same round, and Llama's to itself is the noise. Beside each figure stands its
 limit: the ratio of FLOPs, or for decoding of bytes read, with and without the gate's projection. Layers have their
-full width, and are few. Writes one JSON line to benchmarks/results/; speed_table.py makes the table of it.
+full width, and are few. Keeps one JSON line in benchmarks/results/, written anew after every case; speed_table.py makes
+the table of it.
 
-    python benchmarks/bench_speed.py [--device cpu] [--pairs 15]
+    python benchmarks/bench_speed.py [--device cpu] [--pairs 15] [--minutes 10]
 """
 
 import argparse
 import gc
+import math
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -29,6 +32,7 @@ import speed_table
 from contestants import (
     GATE_TYPES,
     NAMES,
+    NARROW,
     PEERS,
     TOLERANCE,
     CorrectnessError,
@@ -38,7 +42,7 @@ from contestants import (
     loss_of,
     make_contestants,
 )
-from measured import append_record, circumstances, peak_of, run_measured, seconds_of, summary
+from measured import circumstances, keep_record, peak_of, run_measured, seconds_of, summary
 
 
 CONTEXT = 128  # tokens in the cache when decoding begins
@@ -60,14 +64,22 @@ class Case:
     checkpointing: bool = False
     names: tuple[str, ...] = NAMES
     pairs: int | None = None  # where it is not the number asked for
+    threads: int | None = None
+
+
+NARROW_CASES = [
+    Case("training", NARROW, 16, layers=8, threads=1),
+    Case("decode", NARROW, tokens=4, layers=8, cache="dynamic", threads=1),
+]
 
 
 def cases_of(device: str) -> list[Case]:
     small, middle, large = "Qwen3-0.6B", "Llama-3.2-1B", "8B"
-    # Decoding reads every weight once a token: there are more of them than the processor's cache holds.
-    many = {"cpu": 2, "cuda": 8}[device]
+    if device == "cuda":
+        return _cases_that_fill_a_card(small, large)
     prefill, training = partial(Case, "prefill"), partial(Case, "training")
-    decode, memory = partial(Case, "decode", tokens=4, layers=many), partial(Case, tokens=1024, layers=many)
+    # Decoding reads every weight once a token: there are more of them than the processor's cache holds.
+    decode, memory = partial(Case, "decode", tokens=4, layers=2), partial(Case, tokens=1024, layers=2)
     return [
         prefill(small, 128),
         prefill(small, 512),
@@ -88,10 +100,29 @@ def cases_of(device: str) -> list[Case]:
         prefill(middle, 128),
         prefill(middle, 512, names=FEW),
         training(middle, 128, names=FEW),
-        decode(middle, cache="dynamic", layers=many // 2),
-        decode(middle, cache="dynamic", layers=many // 2, batch=8, names=FEW),
+        decode(middle, cache="dynamic", layers=1),
+        decode(middle, cache="dynamic", layers=1, batch=8, names=FEW),
         prefill(large, 128, names=FEW),
-        decode(large, cache="dynamic", layers=many // 2, names=FEW),
+        decode(large, cache="dynamic", layers=1, names=FEW),
+    ]
+
+
+def _cases_that_fill_a_card(small: str, large: str) -> list[Case]:
+    """And some that do not, where launches are what costs; the most telling first."""
+    decode = partial(Case, "decode", small, tokens=4, layers=8, names=NO_HOOKS)
+    return [
+        decode(cache="dynamic", names=NAMES),
+        decode(cache="static"),
+        Case("training", small, 4096, layers=8, names=NO_HOOKS),
+        Case("prefill", small, 2048, layers=8),
+        decode(cache="dynamic", batch=32),
+        Case("prefill", small, 8192, layers=8, names=NO_HOOKS),
+        Case("memory of training", small, 4096, layers=8, names=NO_HOOKS),
+        Case("memory of prefill", small, 8192, layers=8, names=NO_HOOKS),
+        Case("decode", large, tokens=4, layers=4, cache="dynamic", names=NO_HOOKS),
+        Case("prefill", large, 4096, layers=4, names=NO_HOOKS),
+        Case("training", large, 4096, layers=4, names=FEW),
+        decode(cache="static", compiled=True),
     ]
 
 
@@ -235,11 +266,14 @@ def compared(seconds: dict[str, list[float]], limits: dict[str, float]) -> dict[
 
 
 def measure_time(case: Case, models: dict[str, PreTrainedModel], pairs: int) -> dict[str, dict]:
-    rounds, llama = case.pairs or pairs, models["llama"]
+    rounds, llama, usual = case.pairs or pairs, models["llama"], torch.get_num_threads()
     torch.compiler.reset()
+    torch.set_num_threads(case.threads or usual)
     works = {name: WORKS[case.work](case, models[name], rounds) for name in case.names}
     limits = {kind: limit_of(case, llama.config, kind) for kind in GATE_TYPES}
-    return compared(in_rounds(works, rounds, llama.device.type, case.work), limits)
+    seconds = in_rounds(works, rounds, llama.device.type, case.work)
+    torch.set_num_threads(usual)
+    return compared(seconds, limits)
 
 
 def measure_memory(case: Case, models: dict[str, PreTrainedModel], pairs: int) -> dict[str, dict]:
@@ -286,38 +320,58 @@ def measure_starting(rounds: int = 3) -> dict[str, dict]:
     return {name: summary(values) for name, values in seconds.items()}
 
 
-def run_all(device: str, pairs: int) -> dict:
+def run_all(cases: list[Case], device: str, pairs: int, ends: float, keep: Callable[[dict], None]) -> dict:
+    """Case by case until `ends` (of `time.monotonic`); `keep` is given all results so far after each."""
+    done, distances, late = [], {}, []
     where = {"dtype": torch.float32 if device == "cpu" else torch.bfloat16, "device": device}
-    results, distances = [], {}
-    for (shape, layers), group in groupby(cases_of(device), lambda case: (case.shape, case.layers)):
-        cases = list(group)
-        needed = [name for name in NAMES if any(name in case.names for case in cases)]
-        models = make_contestants(llama_config(shape, layers), needed, **where)
-        distances[f"{shape}, {layers}"] = check(models)
+    for (shape, layers), group in groupby(cases, lambda case: (case.shape, case.layers)):
+        cases, models = list(group), None
         for case in cases:
+            if time.monotonic() > ends:
+                late.append(f"{case.shape}, {case.work}")
+                continue
+            if models is None:
+                needed = [name for name in NAMES if any(name in case.names for case in cases)]
+                models = make_contestants(llama_config(shape, layers), needed, **where)
+                distances[f"{shape}, {layers}"] = check(models)
             measure = measure_loading if case.work == "load" else measure_time
             measure = measure_memory if case.work.startswith("memory") else measure
-            described = {key: value for key, value in asdict(case).items() if key not in ("names", "pairs")}
-            results.append({**described, "contestants": measure(case, models, pairs)})
-            tqdm.write(speed_table.plain_row(results[-1], device))
-    return {"results": results, "distances": distances, "starting": measure_starting()}
+            described = {key: value for key, value in asdict(case).items() if key not in ("names", "pairs", "threads")}
+            done.append({**described, "contestants": measure(case, models, pairs)})
+            tqdm.write(speed_table.plain_row(done[-1], device))
+            keep({"results": done, "distances": distances})
+    if late:
+        print(f"left out for time: {'; '.join(late)}")
+    return {"results": done, "distances": distances}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--narrow", action="store_true", help="layers 64 wide alone, where launches are what costs")
     parser.add_argument("--pairs", type=int, default=15, help="rounds of a comparison (default: 15)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after so many (default: no end)")
+    parser.add_argument("--records", type=Path, default=speed_table.RECORDS)
     args = parser.parse_args()
+    ends = time.monotonic() + 60 * args.minutes
     logging.disable_progress_bar()
     gc.freeze()  # what was imported need not be looked through between rounds
     print(speed_table.plain_head())
-    measured = run_all(args.device, args.pairs)
-    for name, seconds in measured["starting"].items():
-        print(f"{name}: {seconds['median']:.2f} s")
     gpu = {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
-    threads = torch.get_num_threads()
-    record = {"benchmark": "speed", "on": args.device, **measured, **circumstances(), **gpu, "threads": threads}
-    append_record(speed_table.RECORDS, record)
+    on = f"{args.device}, narrow" if args.narrow else args.device
+    about = {"benchmark": "speed", "on": on, "run": time.time(), **circumstances(), **gpu}
+    about["threads"] = torch.get_num_threads()
+
+    def keep(measured: dict) -> None:
+        keep_record(args.records, about | measured, "run")
+
+    cases = NARROW_CASES if args.narrow else cases_of(args.device)
+    measured = run_all(cases, args.device, args.pairs, ends, keep)
+    if not args.narrow and time.monotonic() < ends:
+        measured["starting"] = measure_starting()
+        for name, seconds in measured["starting"].items():
+            print(f"{name}: {seconds['median']:.2f} s")
+        keep(measured)
 
 
 if __name__ == "__main__":

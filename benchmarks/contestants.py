@@ -37,11 +37,20 @@ from configuration_gated import GatedLlamaConfig
 from modeling_gated import AttentionGate, GatedLlamaForCausalLM
 
 
-# Full width; depth and vocabulary are cut, so that what is timed are decoder layers.
+# Full width; depth and vocabulary are cut, so that what is timed are decoder layers. The last is so narrow that what
+# costs are launches and Python.
+NARROW = "64 wide"
 SHAPES = {
     "Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "head_dim": 128},
     "Llama-3.2-1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "head_dim": 64},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "head_dim": 128},
+    NARROW: {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+    },
 }
 NAMES = ("llama", "llama-again", "headwise", "elementwise", "afmoe", "qwen3_5", "hook-headwise", "hook-elementwise")
 # The others that compute what ours of a gate type computes.

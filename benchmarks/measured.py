@@ -99,7 +99,7 @@ def append_record(path: Path, record: dict) -> None:
 
 def keep_record(path: Path, record: dict, *keys: str) -> None:
     """Add a line to the records of `path`, in place of an older one that has the same values at `keys`."""
-    lines = [old for old in read_records(path) if any(old[key] != record[key] for key in keys)] + [record]
+    lines = [old for old in read_records(path) if any(old.get(key) != record[key] for key in keys)] + [record]
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 

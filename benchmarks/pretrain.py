@@ -412,7 +412,7 @@ def run_all(plan: Plan, args: argparse.Namespace) -> bool:
                 }
                 (own / "record.json").write_text(json.dumps(record))
                 shutil.rmtree(get_last_checkpoint(own) or "", ignore_errors=True)
-            keep_record(RECORDS, record, "kind", "rate", "seed", *SIZE)
+            keep_record(args.records, record, "kind", "rate", "seed", *SIZE)
     return True
 
 
@@ -430,13 +430,15 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, default=Path("pretrain"), help="folder of unfinished runs (default: pretrain)"
     )
+    parser.add_argument("--records", type=Path, default=RECORDS, help="where to (other than by default: no table)")
     args = parser.parse_args()
     usual = DEEP.length if args.data == "triggers" else 1024 if args.width >= LARGE else 128
     plan = Plan(args.data, args.width, args.layers, round(args.tokens), args.length or usual)
     done = run_all(plan, args)
-    lines = [line for line in read_records(RECORDS) if {key: line[key] for key in asdict(plan)} == asdict(plan)]
+    lines = [line for line in read_records(args.records) if {key: line[key] for key in asdict(plan)} == asdict(plan)]
     print(table(lines), end="")
-    write_table("pretrain", table(read_records(RECORDS)))
+    if args.records == RECORDS:
+        write_table("pretrain", table(read_records(RECORDS)))
     if not done:
         print("Stopped in time: the same command goes on from here.", file=sys.stderr)
     return 0 if done else 3

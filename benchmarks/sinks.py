@@ -67,6 +67,12 @@ RECIPES = {
         Move(),
         replace(GATES, settings=replace(GATES.settings, gate_lr=2e-3, times=2.0)),
     ],
+    "calmed, moved, gates distilled, healed on text": [
+        CALM,
+        Move(),
+        GATES,
+        Distil(4_587_520, DistilSettings("layers", lr=6e-5, batch_size=32, frozen=("q_proj", "k_proj")), teacher=False),
+    ],
     "trained on text, without gates": [
         Distil(4_915_200, DistilSettings("layers", lr=6e-5, batch_size=32, penalty=0.0, frozen=NO_GATES), teacher=False)
     ],
