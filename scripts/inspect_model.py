@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="to run it on, such as cpu (default: an accelerator if there is one)")
     add("--sentence", default=SENTENCE, help=f"to look at token by token (default: {SENTENCE!r})")
     add("--query", help="the word of it whose attention is shown (default: its last; of the default sentence: which)")
-    add("--head", help="LAYER.HEAD whose attention map opens the page (default: the strongest sink)")
+    add("--head", help="LAYER.HEAD whose attention map opens the page (default: one with half a sink)")
     add("--out", help="a new folder, for a page with figures (index.html) and measurements.json")
     add("--force", action="store_true", help="replace an --out that is not empty")
     add("--quiet", action="store_true", help="no progress bar, and nothing on stdout")
@@ -84,13 +84,14 @@ def run(args: argparse.Namespace) -> None:
 def print_models(measured) -> None:
     from dataclasses import asdict
 
-    from gated_llama.checkpoints.measurements import summary_rows
+    from gated_llama.checkpoints.measurements import differences, summary_rows
 
     names = [m.model.rstrip("/").rpartition("/")[2][-24:] for m in measured]
     print(f"{measured[0].windows} windows of {measured[0].length} tokens")
-    print(f"{'':43}" + "".join(f"{name:>26}" for name in names))
-    for name, _, values in summary_rows([asdict(m) for m in measured]):
-        print(f"{name:43}" + "".join(f"{value:>26}" for value in values))
+    print(f"{'':34}" + "".join(f"{name:>26}" for name in names))
+    models = [asdict(m) for m in measured]
+    for (name, _, values), changes in zip(summary_rows(models), differences(models), strict=True):
+        print(f"{name:34}" + "".join(f"{value:>26}" for value in values) + "".join(f"{c:>20}" for c in changes))
     print()
 
 

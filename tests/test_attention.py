@@ -25,7 +25,7 @@ def maps(model, ids, **inputs):
 @pytest.mark.parametrize("block", [1, 200, 2**23], ids=["row by row", "few rows", "at once"])
 @pytest.mark.parametrize("variant", ["gated", *VARIANTS])
 def test_maps_are_the_eager_ones(monkeypatch, variant, block):
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setitem(attention.BLOCK, "cpu", block)
     model = gated_model(GatedLlamaForCausalLM, sliding_window=4) if variant == "gated" else source_model(variant)
     ids, mask = token_ids(), left_padding(token_ids())
     model.set_attn_implementation("eager")

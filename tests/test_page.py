@@ -8,14 +8,16 @@ from html.parser import HTMLParser
 import pytest
 
 from gated_llama import UserError, measure
-from gated_llama.checkpoints.measurements import read_measurements
+from gated_llama.checkpoints.measurements import differences, read_measurements, summary_rows
 from gated_llama.inspection.page import FIGURES, draw, gate_colour
+from gated_llama.inspection.verdict import verdict
 from gated_llama.scripts.cli import main
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, source_model, tiny_tokenizer, token_ids
 
 
-PNGS = {"sentence.png", "sinks.png", "gates.png", "activations.png", "lengths.png"}
+PANELS = {"sentence": 6, "sinks": 2, "gates": 3, "activations": 3, "lengths": 2}  # of a plain and a gated model
+PNGS = {f"{name}-{number + 1}.png" for name, panels in PANELS.items() for number in range(panels)}
 VOID = {"meta", "img", "link", "br"}
 
 
@@ -55,26 +57,31 @@ def test_the_page_is_whole_and_fetches_nothing(tmp_path, measurements):
     page = draw(measured, tmp_path).read_text()
     parsed = Page(page)
     assert {path.name for path in tmp_path.iterdir()} == {"index.html", *PNGS}
-    assert len(parsed.addresses) == 5 and all(a.startswith("data:image/png;base64,") for a in parsed.addresses)
+    assert len(parsed.addresses) == len(PNGS) and all(a.startswith("data:image/png;base64,") for a in parsed.addresses)
     assert "url(" not in page and "@import" not in page and "<script" not in page
     assert len(parsed.ids) == len(set(parsed.ids))
     assert parsed.tokens == 70  # the text of the gated model, token by token
     for model in measured:
         assert f"{model['loss']:.4f}" in page and f"{model['attention']['first_token']:.4f}" in page
     assert re.search(r'<th scope="col">\s*&lt;b?</th>', page)  # the sentence's tokens are text, not tags
-    assert "no gates" in page and "Sink rate, 64 tokens" in page
+    assert "Sink rate, 64 tokens" in page and page.index("its first token") < page.index("<img") < page.index("Numbers")
 
 
 def test_it_draws_again_without_a_model_and_plain_models_alone(tmp_path, measurements, capsys, monkeypatch):
     (tmp_path / "one.json").write_text(json.dumps(json.loads(measurements.read_text())[:1]))
     assert main(["report", str(tmp_path / "one.json"), "--out", str(tmp_path / "page")]) == 0
-    assert {path.name for path in (tmp_path / "page").iterdir()} == {"index.html", *PNGS} - {"gates.png"}
+    alone = {"sentence": 2, "sinks": 1, "activations": 3, "lengths": 2}  # no gates are shown where there are none
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {
+        "index.html",
+        *(f"{name}-{number + 1}.png" for name, panels in alone.items() for number in range(panels)),
+    }
     assert capsys.readouterr().out.strip().endswith("index.html")
     monkeypatch.setattr("gated_llama.inspection.page.FIGURES", [])
     both = [str(tmp_path / "one.json"), str(measurements)]
     assert main(["report", *both, "--out", str(tmp_path / "three")]) == 0
     page = (tmp_path / "three" / "index.html").read_text()
-    assert page.count('<th scope="col">LlamaForCausalLM</th><th scope="col">LlamaForCausalLM</th>') == 1
+    columns = ("LlamaForCausalLM", "LlamaForCausalLM", "change", "GatedLlamaForCausalLM", "change")
+    assert page.count("".join(f'<th scope="col">{column}</th>' for column in columns)) == 1
 
 
 def test_what_is_no_measurement_is_refused(tmp_path):
@@ -108,8 +115,22 @@ def test_a_head_is_chosen(tmp_path, measurements, monkeypatch):
     for head in (None, "2.3", "0.1"):
         (tmp_path / str(head)).mkdir()
         draw(read_measurements([measurements]), tmp_path / str(head), head)
-        pictures.append((tmp_path / str(head) / "sentence.png").read_bytes())
+        pictures.append((tmp_path / str(head) / "sentence-1.png").read_bytes())
     assert len(set(pictures)) >= 2 and pictures[1] != pictures[2]
     for head in ("3.0", "0.6", "x", "1"):
         with pytest.raises(UserError, match=rf"no head {head}: name one from 0\.0 to 2\.5"):
             draw(read_measurements([measurements]), tmp_path, head)
+
+
+def test_changes_say_better_or_worse_where_that_is_clear(measurements):
+    one, other = read_measurements([measurements])
+    other = json.loads(json.dumps(one)) | {"loss": one["loss"] * 1.01}
+    other["activations"]["m_act"] = one["activations"]["m_act"] / 50
+    rows = zip(summary_rows([one, other]), differences([one, other]), strict=True)
+    found = {name: change for (name, _, _), (change,) in rows}
+    assert found["Loss, nats a token"] == "+1.0 %, worse" and found["Largest activation"] == "× 0.02, better"
+    assert found["Attention to the first token"] == "+0.0 %"
+    one["name"], other["name"] = "before", "after"
+    first, second = verdict([one, other])
+    assert first.startswith("before gives its first token ") and "No token is massive." in first
+    assert "its loss is +1.0 %, and its largest activations are 0.02 times as large" in second

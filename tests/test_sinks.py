@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from gated_llama import gated_lora_config
 from gated_llama.errors import UserError
 from gated_llama.inspection.attention import capture_attention
+from gated_llama.inspection.quantization import quantized
 from gated_llama.scripts.cli import main
 from gated_llama.sinks.distil import DistilSettings, distil
-from gated_llama.sinks.judge import judge, last_tokens, losses, quantized
+from gated_llama.sinks.judge import judge, last_tokens, losses
 from gated_llama.sinks.layers import Lengths, sink_tokens, state_lengths
 from gated_llama.sinks.move import MoveSettings, _LayerEdit, add_biases, move_sinks
 from modeling_gated import GatedLlamaForCausalLM
@@ -331,11 +332,11 @@ def test_quantization_is_simulated_as_said():
     cost = {}
     for how in ("dynamic per tensor", "static per tensor", "per token"):
         for bits in (4, 8, 16):
-            with quantized(model, how, ids, bits):
+            with quantized(model, how, lambda: losses(model, ids), bits):
                 cost[how, bits] = (losses(model, ids, batch_size=6) - losses_of(before, ids)).abs().mean().item()
         assert cost[how, 16] < cost[how, 8] < cost[how, 4]
     assert cost["per token", 8] < cost["dynamic per tensor", 8]
-    with quantized(model, "static per tensor", ids), quantized(model, "dynamic per tensor", ids):
+    with quantized(model, "static per tensor", lambda: losses(model, ids)), quantized(model, "dynamic per tensor"):
         pass
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert cost["static per tensor", 8] == pytest.approx(cost["dynamic per tensor", 8], rel=0.5)
@@ -385,7 +386,7 @@ def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, 
     assert "gated-llama desink plain out --text text.jsonl" in card and "| moved | 2,048 |" in card
     assert str(plain) not in card
     assert not list(plain.glob(".*")) and not (plain / "out" / ".gated").exists()
-    assert {"index.html", "measurements.json", "sinks.png"} <= {
+    assert {"index.html", "measurements.json", "sinks-1.png"} <= {
         path.name for path in (plain / "out/inspection").iterdir()
     }
     assert not (plain / "out.unfinished").exists()

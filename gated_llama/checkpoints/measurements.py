@@ -4,6 +4,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from gated_llama.errors import UserError
@@ -29,51 +30,107 @@ def read_measurements(paths: list[str | Path]) -> list[dict]:
     return measured
 
 
-def _without_gates(model: dict, state: str) -> str:
-    return "{:.4f} ({:.4f})".format(*model["without_gates"][state]) if model["without_gates"] else "no gates"
+@dataclass(frozen=True)
+class Row:
+    """
+    Attributes:
+        name: what is compared; with {length} it is one row for each length, and `value` takes that too.
+        value: of a model; None where it has none.
+        source: by whose definition.
+        form: of the value.
+        relative: compared by the ratio, not by the difference.
+        aim: -1 if less is better, 0 if neither is.
+    """
+
+    name: str
+    value: Callable[..., float | None]
+    source: str = ""
+    form: str = ".4f"
+    relative: bool = True
+    aim: int = -1
 
 
-# What is compared: its name, by whose definition, the value of a model. A row with {length} is one for each length.
-ROWS: list[tuple[str, str, Callable[..., str]]] = [
-    ("Loss, nats a token", "windows apart, every predicted token", lambda m: f"{m['loss']:.4f}"),
-    ("Perplexity", "", lambda m: f"{math.exp(m['loss']):.3f}"),
-    ("Attention to the first token", "F-Attn, Qiu et al.", lambda m: f"{m['attention']['first_token']:.4f}"),
-    ("… of queries from the 17th on", "", lambda m: f"{m['attention']['first_token_later']:.4f}"),
-    (
+def _of_gates(state: str, number: int) -> Callable[[dict], float | None]:
+    return lambda model: model["without_gates"][state][number] if model["without_gates"] else None
+
+
+def _cost(name: str) -> Callable[[dict], float | None]:
+    return lambda model: model.get("quantization", {}).get(name)
+
+
+ROWS = [
+    Row("Loss, nats a token", lambda m: m["loss"], "windows apart, every predicted token"),
+    Row("Perplexity", lambda m: math.exp(m["loss"]), form=".3f"),
+    Row("Attention to the first token", lambda m: m["attention"]["first_token"], "F-Attn, Qiu et al."),
+    Row("… of queries from the 17th on", lambda m: m["attention"]["first_token_later"]),
+    Row(
         "Sink rate, {length} tokens",
+        lambda m, length: m["attention"]["sink_rate"].get(length),
         "ε = 0.3, first token, Gu et al.",
-        lambda m, length: f"{m['attention']['sink_rate'].get(length, float('nan')):.1%}",
+        ".1%",
     ),
-    ("Largest activation", "M-Act, Qiu et al.", lambda m: f"{m['activations']['m_act']:.4g}"),
-    ("Layers with |x| > 100", "", lambda m: f"{m['activations']['above_100']:.0%}"),
-    (
+    Row("Largest activation", lambda m: m["activations"]["m_act"], "M-Act, Qiu et al.", ".4g"),
+    Row("Layers with |x| > 100", lambda m: m["activations"]["above_100"], form=".0%", relative=False),
+    Row(
         "Layers with massive activations",
+        lambda m: m["activations"]["massive"],
         "and > 1000 medians, Sun et al.",
-        lambda m: f"{m['activations']['massive']:.0%}",
+        ".0%",
+        relative=False,
     ),
-    (
+    Row(
         "Kurtosis into o_proj, largest",
+        lambda m: max(m["activations"]["input_kurtosis"]["o_proj"]),
         "Bondarenko et al.",
-        lambda m: f"{max(m['activations']['input_kurtosis']['o_proj']):.4g}",
+        ".4g",
     ),
-    (
-        "Kurtosis into down_proj, largest",
-        "",
-        lambda m: f"{max(m['activations']['input_kurtosis']['down_proj']):.4g}",
+    Row("Kurtosis into down_proj, largest", lambda m: max(m["activations"]["input_kurtosis"]["down_proj"]), "", ".4g"),
+    *(
+        Row(f"Cost of {name}", _cost(name), "simulated, nats a token", "+.3f", relative=False)
+        for name in ("W8A8, static per tensor", "W8A8, dynamic per tensor", "W8A8, per token")
     ),
-    ("Loss with gates trained (KL from trained)", "the first windows alone", lambda m: _without_gates(m, "trained")),
-    ("Loss with gates open (KL from trained)", "g → 1", lambda m: _without_gates(m, "open")),
-    ("Loss with gates inverted (KL from trained)", "g → 2 − g", lambda m: _without_gates(m, "inverted")),
+    Row("Loss, gates as trained", _of_gates("trained", 0), "on a part of the text", aim=0),
+    Row("Loss, gates open", _of_gates("open", 0), "g → 1", aim=0),
+    Row("Loss, gates inverted", _of_gates("inverted", 0), "g → 2 − g", aim=0),
+    Row("KL from trained, gates open", _of_gates("open", 1), aim=0),
+    Row("KL from trained, gates inverted", _of_gates("inverted", 1), aim=0),
 ]
+NOTHING = "–"  # where a model has no such value
+TOLD = 0.005  # from this change on it is said to be better or worse
 
 
 def summary_rows(measured: list[dict]) -> list[tuple[str, str, list[str]]]:
     """The rows of the table: what it is, by whose definition, the value for each model."""
-    rows = []
-    for name, source, value in ROWS:
-        if "{length}" not in name:
-            rows.append((name, source, [value(model) for model in measured]))
+    return [
+        (name, row.source, [NOTHING if value is None else format(value, row.form) for value in values])
+        for name, row, values in _values(measured)
+    ]
+
+
+def differences(measured: list[dict]) -> list[list[str]]:
+    """For each of the rows how each further model differs from the first, "better" or "worse" where that is clear."""
+    return [[_difference(row, values[0], value) for value in values[1:]] for _, row, values in _values(measured)]
+
+
+def _values(measured: list[dict]) -> list[tuple[str, Row, list[float | None]]]:
+    found = []
+    for row in ROWS:
+        if "{length}" not in row.name:
+            found.append((row.name, row, [row.value(model) for model in measured]))
             continue
         for length in measured[0]["attention"]["sink_rate"]:
-            rows.append((name.format(length=length), source, [value(model, length) for model in measured]))
-    return rows
+            found.append((row.name.format(length=length), row, [row.value(model, length) for model in measured]))
+    return [(name, row, values) for name, row, values in found if any(value is not None for value in values)]
+
+
+def _difference(row: Row, one: float | None, other: float | None) -> str:
+    if one is None or other is None:
+        return ""
+    change = (other / one - 1 if one else 0.0) if row.relative else other - one
+    if row.relative:
+        text = f"{100 * change:+.1f} %" if abs(change) < 0.5 else f"× {other / one:.3g}"
+    else:
+        text = f"{100 * change:+.0f} points" if row.form.endswith("%") else format(change, "+.3f")
+    if abs(change) < TOLD or not row.aim:
+        return text
+    return f"{text}, {'better' if change * row.aim > 0 else 'worse'}"

@@ -14,7 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 
 NAME = "gated_llama_watched"
-BLOCK = 2**23  # attention weights held at once
+# Attention weights held at once: on a CPU what its cache holds, and so few queries that most keys which a causal mask
+# hides are never met.
+BLOCK = {"cpu": 2**20}
+BLOCK_ELSEWHERE = 2**24
 
 # Told of each block: the layer, the number of the first query and of the first key in it, the attention weights
 # (B, N, queries, keys), zero where a query does not look, and the output (B, N, queries, H).
@@ -64,20 +67,21 @@ def _attention(
     scaling = size**-0.5 if scaling is None else scaling
     grouped = query.unflatten(1, (-1, groups))  # (B, K, N/K, T, H)
     output = torch.empty_like(query)
-    rows = max(1, BLOCK // (batch * heads * tokens))
+    rows = max(1, BLOCK.get(query.device.type, BLOCK_ELSEWHERE) // (batch * heads * tokens))
     places = torch.arange(tokens, device=query.device)
     for start in range(0, tokens, rows):
         stop = min(tokens, start + rows)
         first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
         block = grouped[:, :, :, start:stop].flatten(2, 3)  # (B, K, N/K · b, H)
-        logits = block @ key[:, :, first:stop].transpose(2, 3) * scaling
+        logits = (block @ key[:, :, first:stop].transpose(2, 3)).mul_(scaling)
         logits = logits.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, N, b, keys)
         distance = places[start:stop, None] - places[None, first:stop]  # (b, keys)
         seen = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
         if attention_mask is not None:
             seen = seen & attention_mask[:, None, None, first:stop].bool()
         weights = logits.masked_fill_(~seen, float("-inf")).softmax(-1, dtype=torch.float32)
-        weights = weights.nan_to_num_()  # of padding, which sees nothing
+        if attention_mask is not None:
+            weights = weights.nan_to_num_()  # of padding, which sees nothing
         block = weights.to(value.dtype).unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, N/K · b, keys)
         output[:, :, start:stop] = (block @ value[:, :, first:stop]).unflatten(2, (groups, -1)).flatten(1, 2)
         for callback in _callbacks:

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gated_llama.gates import gate_modules
 from gated_llama.inspection.attention import capture_attention, decoder_layers
-from gated_llama.inspection.results import ActivationReport, AttentionReport, GateReport, GateStatistics
+from gated_llama.inspection.results import ActivationReport, AttentionReport, GateReport, GateStatistics, MassiveToken
 
 
 SINK_SHARE = 0.3  # ε of the sink rate
 SINK_LENGTH = 64  # T of the sink rate as it is published
 FIRST_QUERIES = 16  # have few keys to look at, so that each gets much
+MASSIVE = 8.0  # times a layer's median length, from which on a token's state is massive
 GATE_BINS = 40
 TOKENS_AT_ONCE = 1024  # whose copies in fp32 are held
 FUNCTION_WORDS = frozenset(
@@ -167,8 +168,10 @@ class ActivationSums(Collector):
     def see_stream(self, layer: int, output: torch.Tensor | tuple) -> None:
         states = output[0] if isinstance(output, tuple) else output
         for window in states:  # (T, E), each by itself as in the paper
-            sizes = window.detach().abs().flatten().float()
-            top3, median = sizes.topk(3).values.cpu().double(), sizes.median().item()
+            sizes = window.detach().abs().float()
+            # The three largest lie in the three tokens whose own largest are the largest.
+            tokens = sizes.amax(1).topk(min(3, len(sizes))).indices
+            top3, median = sizes[tokens].flatten().topk(3).values.cpu().double(), sizes.median().item()
             self.top3[layer] += top3
             self.median[layer] += median
             self.above_100[layer] += float(top3[0] > 100)
@@ -221,7 +224,8 @@ class GateSums(Collector):
     def begin(self, ids: torch.Tensor) -> None:
         if self.modules:
             self.kinds = _kinds(self.tokenizer, ids)  # (B, T)
-            self.tokens += torch.bincount(self.kinds.flatten(), minlength=len(KINDS))
+            self.is_kind = torch.nn.functional.one_hot(self.kinds.flatten(), len(KINDS)).double()  # (B·T, 6)
+            self.tokens += self.is_kind.sum(0)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -233,14 +237,14 @@ class GateSums(Collector):
             yield
 
     def see(self, layer: int, gates: torch.Tensor) -> None:
-        gates, kinds = gates.detach().flatten(0, 1), self.kinds.flatten()  # (B·T, N·G), (B·T)
-        for gate, kind in zip(gates.split(TOKENS_AT_ONCE), kinds.split(TOKENS_AT_ONCE), strict=True):
+        gates = gates.detach().flatten(0, 1)  # (B·T, N·G)
+        parts = zip(gates.split(TOKENS_AT_ONCE), self.is_kind.split(TOKENS_AT_ONCE), strict=True)
+        for gate, is_kind in parts:
             gate = gate.float().cpu()
-            values = (
-                torch.stack([torch.ones_like(gate), gate, (gate - 1).abs(), gate < 0.1, gate > 1.5]).sum(2).double()
-            )
-            for number in range(len(KINDS)):  # (5, tokens) -> (5)
-                self.sums[layer, number] += values[:, kind == number].sum(1)
+            count = torch.full((len(gate),), float(gate.shape[1]), dtype=torch.float64)
+            values = (gate, (gate - 1).abs(), gate < 0.1, gate > 1.5)
+            sums = torch.stack([count, *(value.sum(1, dtype=torch.float64) for value in values)], dim=1)  # (tokens, 5)
+            self.sums[layer] += is_kind.T @ sums  # (6, 5)
             heads = gate.unflatten(1, (self.heads, -1))  # (tokens, N, G)
             self.by_head[layer] += heads.double().mean(2).sum(0)
             self.least[layer] = torch.minimum(self.least[layer], heads.amin((0, 2)))
@@ -275,8 +279,64 @@ def _kinds(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tenso
     return numbers
 
 
+class MassiveTokens(Collector):
+    """The tokens that some layer makes massive, wherever they stand."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int):
+        super().__init__(model, tokenizer, length)
+        self.layers = decoder_layers(model)
+        # By token and whether it comes first: times seen, positions, and ratios before each MLP and behind it.
+        self.found: dict[tuple[int, bool], list] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for number, layer in enumerate(self.layers):
+                middle = layer.post_attention_layernorm
+                hooks = [
+                    middle.register_forward_pre_hook(lambda m, inputs, n=number: self.see(2 * n, inputs[0])),
+                    layer.register_forward_hook(lambda m, i, output, n=number: self.see(2 * n + 1, output)),
+                ]
+                for hook in hooks:
+                    stack.callback(hook.remove)
+            yield
+
+    def begin(self, ids: torch.Tensor) -> None:
+        self.lengths = torch.zeros(2 * len(self.layers), *ids.shape)  # (2L, B, T)
+
+    def see(self, place: int, states: torch.Tensor | tuple) -> None:
+        states = states[0] if isinstance(states, tuple) else states
+        self.lengths[place] = states.detach().norm(dim=2, dtype=torch.float32)
+
+    def end(self, ids: torch.Tensor) -> None:
+        ratios = self.lengths / self.lengths.median(2, keepdim=True).values.clamp_min(1e-12)
+        for row, place in (ratios[1::2] > MASSIVE).any(0).nonzero().tolist():
+            key = (int(ids[row, place]), place == 0)
+            seen, least, most, sums = self.found.get(key, (0, place, place, 0.0))
+            self.found[key] = (seen + 1, min(least, place), max(most, place), sums + ratios[:, row, place])
+
+    def report(self, windows: int) -> list[MassiveToken]:
+        most_seen = sorted(self.found.items(), key=lambda entry: -entry[1][0])[:10]
+        return [self._token(*key, *found) for key, found in most_seen]
+
+    def _token(self, token: int, first: bool, seen: int, least: int, most: int, sums: torch.Tensor) -> MassiveToken:
+        ratios = sums / seen
+        massive = (ratios > MASSIVE).nonzero().flatten().tolist() or [ratios.argmax().item()]
+        parts = [f"the {part} of layer {n}" for n in range(len(self.layers)) for part in ("attention", "MLP")]
+        return MassiveToken(
+            text=self.tokenizer.decode([token]),
+            first=first,
+            seen=seen,
+            positions=(least, most),
+            ratios=[round(ratio, 2) for ratio in ratios[1::2].tolist()],
+            written_by=parts[massive[0]],
+            removed_by=parts[massive[-1] + 1] if massive[-1] + 1 < len(parts) else None,
+        )
+
+
 COLLECTORS: dict[str, type[Collector]] = {  # by the field of `Measurements` that they give
     "attention": AttentionSums,
     "activations": ActivationSums,
     "gates": GateSums,
+    "massive": MassiveTokens,
 }

@@ -5,9 +5,9 @@ summed up as it passes.
 """
 
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,8 +15,13 @@ from gated_llama.errors import UserError
 from gated_llama.gates import gate_modules
 from gated_llama.inspection.collectors import COLLECTORS
 from gated_llama.inspection.losses import last_states, logits_in_parts, token_losses
+from gated_llama.inspection.quantization import QUANTIZATIONS, quantized
 from gated_llama.inspection.results import Measurements
 from gated_llama.inspection.text import TEXT_TOKENS, look_at, look_at_sentence
+
+
+QUANTIZED = 256  # tokens on which quantization is simulated
+COMPARED, COMPARED_SHARE = 512, 0.05  # tokens of a piece that is run again with other gates, and the share of the text
 
 
 def measure(
@@ -25,7 +30,7 @@ def measure(
     windows: torch.Tensor,
     *,
     batch_size: int = 1,
-    compared_windows: int = 4,
+    compared_windows: int | None = None,
     sentence: str | None = None,
     query: str | None = None,
     progress: bool = False,
@@ -34,7 +39,8 @@ def measure(
     Args:
         model: a causal language model whose layers are Llama's: Llama, Mistral, Qwen2, Qwen3 or gated.
         windows: token ids (windows, T) without padding, each measured by itself.
-        compared_windows: how many of them to run again with the gates open and inverted, if there are gates.
+        compared_windows: how many of them to run again with the gates open and inverted, if there are gates; if None,
+            as many pieces of 512 tokens as make a twentieth of the text.
         sentence, query: a short text to look at token by token, and the word in it whose attention is shown (its last
             token if None).
 
@@ -55,7 +61,7 @@ def _measure(
     tokenizer: PreTrainedTokenizerBase,
     windows: torch.Tensor,
     batch_size: int,
-    compared_windows: int,
+    compared_windows: int | None,
     sentence: str | None,
     query: str | None,
     progress: bool,
@@ -72,6 +78,7 @@ def _measure(
     gated = bool(gate_modules(model))
     collectors = {name: collector(model, tokenizer, length) for name, collector in COLLECTORS.items()}
     losses = torch.zeros(length - 1, dtype=torch.float64)
+    compared, trained = _compared(windows, compared_windows) if gated else windows[:0], []
     with ExitStack() as stack, tqdm(total=windows.numel(), unit=" tokens", disable=not progress) as bar:
         stack.enter_context(torch.no_grad())
         for collector in collectors.values():
@@ -79,12 +86,13 @@ def _measure(
         for part in windows.split(batch_size):
             for collector in collectors.values():
                 collector.begin(part)
-            losses += token_losses(model, last_states(model, part), part).sum(0)
+            states = last_states(model, part)
+            losses += token_losses(model, states, part).sum(0)
+            trained += states[: len(compared) - len(trained), : compared.shape[1]]
             for collector in collectors.values():
                 collector.end(part)
             bar.update(part.numel())
     losses /= len(windows)
-    compared = windows[:compared_windows]
     if not losses.isfinite().all():
         raise UserError(f"the loss of {_name(model)} on this text is no number: its weights or its dtype are at fault.")
     starts = [0, *(2**power for power in range(4, 20) if 2**power < length - 1)]
@@ -97,9 +105,10 @@ def _measure(
         loss=losses.mean().item(),
         loss_by_position=[(start + 1, losses[start:stop].mean().item()) for start, stop in bounds],
         **{name: collector.report(len(windows)) for name, collector in collectors.items()},
-        text=replace(look_at(model, tokenizer, windows[:1, :TEXT_TOKENS]), maps=None),
+        text=look_at(model, tokenizer, windows[:1, :TEXT_TOKENS], maps=False),
         sentence=look_at_sentence(model, tokenizer, sentence, query) if sentence else None,
-        without_gates=_without_gates(model, compared, batch_size) if gated and len(compared) else None,
+        without_gates=_without_gates(model, compared, trained) if len(compared) else None,
+        quantization=_quantized(model, windows),
     )
 
 
@@ -107,25 +116,60 @@ def _name(model: PreTrainedModel) -> str:
     return str(model.config.name_or_path or type(model).__name__)
 
 
+def _compared(windows: torch.Tensor, count: int | None) -> torch.Tensor:
+    """What is run again with other gates."""
+    if count is not None:
+        return windows[:count]
+    pieces = windows[:, :COMPARED]
+    return pieces[: max(1, round(COMPARED_SHARE * windows.numel() / pieces.shape[1]))]
+
+
 @torch.no_grad()
-def _without_gates(model: PreTrainedModel, windows: torch.Tensor, batch_size: int) -> dict[str, tuple[float, float]]:
-    """The loss with every gate at 1 and with every gate g at 2 - g, and what that does to the predictions."""
-    trained = model.config.gate_strength
-    strengths = {"trained": trained, "open": 0.0, "inverted": -trained}
-    sums = {name: [0.0, 0.0] for name in strengths}
+def _quantized(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
+    """What 8 bits cost on a piece of the last window, by scales of the first; nothing where weights are not at hand."""
+    if any(parameter.is_meta or not parameter.is_floating_point() for parameter in model.parameters()):
+        return {}
+
+    def loss(ids: torch.Tensor) -> float:
+        return token_losses(model, last_states(model, ids), ids).mean().item()
+
+    first, last = windows[:1, :QUANTIZED], windows[-1:, :QUANTIZED]
+    usual, costs = loss(last), {}
+    for name, (how, bits) in QUANTIZATIONS.items():
+        if bits == 8:
+            with quantized(model, how, lambda: loss(first), bits):
+                costs[name] = loss(last) - usual
+    return costs
+
+
+@torch.no_grad()
+def _without_gates(
+    model: PreTrainedModel, windows: torch.Tensor, trained: list[torch.Tensor]
+) -> dict[str, tuple[float, float]]:
+    """
+    The loss with every gate at 1 and with every gate g at 2 - g, and what that does to the predictions. `trained` are
+    the last states (T, E) of each of the `windows` with the gates as they are.
+    """
+    own = model.config.gate_strength
+    sums = {name: [0.0, 0.0] for name in ("trained", "open", "inverted")}
     try:
-        for part in windows.split(batch_size):
-            expected = None
-            for name, strength in strengths.items():
+        for ids, before in zip(windows[:, None], trained, strict=True):
+            states = {"trained": before[None]}
+            for name, strength in (("open", 0.0), ("inverted", -own)):
                 model.set_gate_strength(strength)
-                states = last_states(model, part)
-                expected = states if expected is None else expected
-                sums[name][0] += token_losses(model, states, part).mean(1).sum().item()
-                for (_, _, p), (_, _, q) in zip(
-                    logits_in_parts(model, expected), logits_in_parts(model, states), strict=True
-                ):
-                    p, q = p.log_softmax(-1), q.log_softmax(-1)
-                    sums[name][1] += (p.exp() * (p - q)).sum().item() / part.shape[1]
+                states[name] = last_states(model, ids)
+            for parts in zip(*(logits_in_parts(model, of) for of in states.values()), strict=True):
+                start, stop, _ = parts[0]
+                wanted = ids[:, start + 1 : stop + 1, None].to(before.device)
+                expected = parts[0][2].log_softmax(-1)
+                for name, (_, _, logits) in zip(states, parts, strict=True):
+                    found = expected if name == "trained" else logits.log_softmax(-1)
+                    sums[name][0] -= found[:, : wanted.shape[1]].gather(2, wanted).double().sum().item()
+                    difference = nn.functional.kl_div(found, expected, reduction="none", log_target=True)
+                    sums[name][1] += difference.sum(dtype=torch.float64).item()
     finally:
-        model.set_gate_strength(trained)
-    return {name: (loss / len(windows), divergence / len(windows)) for name, (loss, divergence) in sums.items()}
+        model.set_gate_strength(own)
+    count, length = windows.shape
+    return {
+        name: (loss / count / (length - 1), divergence / count / length) for name, (loss, divergence) in sums.items()
+    }

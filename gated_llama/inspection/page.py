@@ -9,12 +9,14 @@ from pathlib import Path
 import jinja2
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gated_llama.checkpoints.measurements import summary_rows
+from gated_llama.checkpoints.measurements import differences, summary_rows
 from gated_llama.errors import UserError
+from gated_llama.inspection.verdict import verdict
 
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -26,11 +28,12 @@ matplotlib.rcParams["font.family"] = ["DejaVu Sans"]  # comes with matplotlib
 
 def draw(measured: list[dict], folder: str | Path, head: str | None = None) -> Path:
     """
-    Write to `folder` the page `index.html` and its figures as PNG files.
+    Write to `folder` the page `index.html` and its figures as PNG files, one a panel.
 
     Args:
         measured: models as read from measurements.json, to stand beside each other.
-        head: `LAYER.HEAD` whose attention map opens the page; None: the one that gives the first token the most.
+        head: `LAYER.HEAD` whose attention map is shown; None: the one that gives the first token nearest to half of its
+            attention, so that there is something else to see.
 
     Raises:
         UserError: there is no such head.
@@ -40,17 +43,22 @@ def draw(measured: list[dict], folder: str | Path, head: str | None = None) -> P
     for number, model in enumerate(measured):
         model["name"] = Path(model["model"]).name or f"model {number + 1}"
     figures = []
-    for name, title, text, draw_figure in FIGURES:
-        figure = draw_figure(measured, *chosen)
-        if figure is None:
-            continue
-        figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight", facecolor="white")
-        image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        figures.append({"name": name, "title": title, "text": text, "image": image})
+    for name, title, text, panels in FIGURES:
+        images = []
+        for number, (described, figure) in enumerate(panels(measured, *chosen)):
+            path = folder / f"{name}-{number + 1}.png"
+            figure.savefig(path, dpi=120, facecolor="white")
+            images.append((described, base64.b64encode(path.read_bytes()).decode()))
+        if images:
+            figures.append({"name": name, "title": title, "text": text, "images": images})
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["gate_colour"] = gate_colour
+    environment.filters |= {"gate_colour": gate_colour, "ratio_colour": ratio_colour}
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        models=measured, figures=figures, numbers=summary_rows(measured), zip=zip
+        models=measured,
+        verdict=verdict(measured),
+        figures=figures,
+        numbers=list(zip(summary_rows(measured), differences(measured), strict=True)),
+        zip=zip,
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
     return folder / "index.html"
@@ -61,59 +69,80 @@ def gate_colour(gate: float) -> str:
     return to_hex(matplotlib.colormaps[GATES["cmap"]](0.2 + 0.6 * min(2.0, max(0.0, gate)) / 2))
 
 
-def _grid(models: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(columns * width, models * height), layout="constrained")
-    return figure, figure.subplots(models, columns, squeeze=False)
+def ratio_colour(ratio: float) -> str:
+    """Of a token's length over the median's, as CSS: white to 2, darkest from 500 on, light enough for dark text."""
+    share = np.log(max(2.0, ratio) / 2) / np.log(250)
+    return to_hex(matplotlib.colormaps["YlOrRd"](0.75 * min(1.0, share)))
 
 
-def _image(axes, values, title: str, x: str, y: str, scale: dict):
+Panels = list[tuple[str, Figure]]  # with what stands for each where it cannot be seen
+
+
+def _panel(width: float = 4.6, height: float = 3.6) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _image(
+    values, title: str, x: str, y: str, scale: dict, size: tuple[float, float] = (4.6, 3.6)
+) -> tuple[str, Figure]:
+    figure, axes = _panel(*size)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     image = axes.imshow(np.asarray(values), aspect="auto", interpolation="nearest", **scale)
     axes.set(title=title, xlabel=x, ylabel=y)
-    axes.figure.colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes)
+    return title, figure
 
 
-def _tokens(axes, tokens: list[str], which: str) -> None:
+def _with_tokens(panel: tuple[str, Figure], tokens: list[str], *which: str) -> tuple[str, Figure]:
     labels = [token.replace("$", r"\$").strip() or "␣" for token in tokens]
-    if which == "x":
-        axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=7)
-    else:
-        axes.set_yticks(range(len(tokens)), labels, fontsize=7)
+    axes = panel[1].axes[0]
+    if "x" in which:
+        axes.set_xticks(range(len(tokens)), labels, rotation=90, fontsize=9)
+    if "y" in which:
+        axes.set_yticks(range(len(tokens)), labels, fontsize=9)
+    return panel
 
 
-def _sentence(measured: list[dict], layer: int, head: int) -> Figure | None:
-    """Where a query's attention goes, what its gates let through, and what is left: one row a model, one layer."""
+def _sentence(measured: list[dict], layer: int, head: int) -> Panels:
+    """Where a query's attention goes, what its gates let through, and what is left, in one layer."""
     if not all(model["sentence"] for model in measured):
-        return None
-    figure, rows = _grid(len(measured), 4, 4.2, 3.9)
-    for model, axes in zip(measured, rows, strict=True):
+        return []
+    panels = []
+    for model in measured:
         shown = model["sentence"]
         tokens, query = shown["tokens"], shown["query"]
         attention = np.array(shown["attention"][layer])  # (heads, tokens)
-        _image(axes[0], shown["maps"][layer][head], f"{model['name']}: head {head}", "looks at", "token", SHARES)
-        _tokens(axes[0], tokens, "x")
-        _tokens(axes[0], tokens, "y")
-        _image(axes[1], attention, f"attention of “{tokens[query].strip()}”", "looks at", "head", SHARES)
-        _tokens(axes[1], tokens, "x")
-        gates = np.array(shown["query_gates"][layer] if shown["query_gates"] else [1.0] * len(attention))
-        bars = axes[2].barh(range(len(gates)), gates, color=[gate_colour(gate) for gate in gates], edgecolor="grey")
-        axes[2].bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-        axes[2].axvline(1, color="black", linewidth=0.8)
-        title = "gates: 0 shut, 1 open" if shown["query_gates"] else "no gates: all passes"
-        axes[2].set(title=title, xlim=(0, 2.2), xlabel="gate", ylabel="head")
-        axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes[2].invert_yaxis()
-        _image(axes[3], attention * gates[:, None], "what is left", "looks at", "head", SHARES)
-        _tokens(axes[3], tokens, "x")
-    figure.suptitle(f"Layer {layer}")
-    return figure
+        name, size = model["name"], (4.6, 4.2)
+        panels.append(
+            _image(shown["maps"][layer][head], f"{name}: layer {layer}, head {head}", "looks at", "token", SHARES, size)
+        )
+        _with_tokens(panels[-1], tokens, "x", "y")
+        panels.append(
+            _image(attention, f"{name}: attention of “{tokens[query].strip()}”", "looks at", "head", SHARES, size)
+        )
+        _with_tokens(panels[-1], tokens, "x")
+        if not shown["query_gates"]:
+            continue
+        gates = np.array(shown["query_gates"][layer])
+        figure, axes = _panel(*size)
+        bars = axes.barh(range(len(gates)), gates, color=[gate_colour(gate) for gate in gates], edgecolor="grey")
+        axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(title=f"{name}: its gates, 0 shut, 1 open", xlim=(0, 2.2), xlabel="gate", ylabel="head")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.invert_yaxis()
+        panels.append((axes.get_title(), figure))
+        panels.append(_image(attention * gates[:, None], f"{name}: what is left", "looks at", "head", SHARES, size))
+        _with_tokens(panels[-1], tokens, "x")
+    return panels
 
 
 def _chosen_head(measured: list[dict], head: str | None) -> tuple[int, int]:
     shares = np.array(measured[0]["attention"]["heads"])
     if head is None:
-        return tuple(map(int, np.unravel_index(shares.argmax(), shares.shape)))
+        return tuple(map(int, np.unravel_index(np.abs(shares - 0.5).argmin(), shares.shape)))
     match = re.fullmatch(r"(\d+)\.(\d+)", head)
     if match is None or not (int(match[1]) < shares.shape[0] and int(match[2]) < shares.shape[1]):
         last = ".".join(str(size - 1) for size in shares.shape)
@@ -121,85 +150,88 @@ def _chosen_head(measured: list[dict], head: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _sinks(measured: list[dict], layer: int, head: int) -> Figure:
-    figure, rows = _grid(2, len(measured), 5, 3.6)
-    for number, model in enumerate(measured):
-        attention = model["attention"]
-        _image(rows[0, number], attention["heads"], f"{model['name']}: attention", "head", "layer", SHARES)
-        _image(rows[1, number], attention["sink_heads"], f"{model['name']}: sink rate", "head", "layer", SHARES)
-    return figure
+def _sinks(measured: list[dict], layer: int, head: int) -> Panels:
+    return [
+        _image(model["attention"]["heads"], f"{model['name']}: attention to its first token", "head", "layer", SHARES)
+        for model in measured
+    ]
 
 
-def _by_layer(measured: list[dict], layer: int, head: int) -> Figure:
-    figure, axes = _grid(1, 3, 4.6, 3.6)
+def _by_layer(measured: list[dict], layer: int, head: int) -> Panels:
+    panels = []
+    figure, axes = _panel()
     for model in measured:
         activations = model["activations"]
-        axes[0, 0].plot([top[0] for top in activations["top3"]], marker=".", label=f"{model['name']}, largest")
-        axes[0, 0].plot(activations["median"], linestyle=":", label=f"{model['name']}, median")
-        for ax, name in zip(axes[0, 1:], ("o_proj", "down_proj"), strict=True):
-            ax.plot(activations["input_kurtosis"][name], marker=".", label=model["name"])
-    axes[0, 0].set(title="|x| in the residual stream", yscale="log", xlabel="layer")
-    for ax, name in zip(axes[0, 1:], ("o_proj", "down_proj"), strict=True):
-        ax.set(title=f"kurtosis into {name}", yscale="log", xlabel="layer")
-    for ax in axes[0]:
-        ax.legend(fontsize=7)
-        ax.grid(alpha=0.3)
-    return figure
+        axes.plot([top[0] for top in activations["top3"]], marker=".", label=f"{model['name']}, largest")
+        axes.plot(activations["median"], linestyle=":", label=f"{model['name']}, median")
+    axes.set(title="|x| in the residual stream", yscale="log", xlabel="layer")
+    panels.append((axes.get_title(), figure))
+    for name in ("o_proj", "down_proj"):
+        figure, axes = _panel()
+        for model in measured:
+            axes.plot(model["activations"]["input_kurtosis"][name], marker=".", label=model["name"])
+        axes.set(title=f"kurtosis into {name}", yscale="log", xlabel="layer")
+        panels.append((axes.get_title(), figure))
+    return _with_legends(panels)
 
 
-def _gates(measured: list[dict], layer: int, head: int) -> Figure | None:
-    gated = [model for model in measured if model["gates"]]
-    if not gated:
-        return None
-    figure, rows = _grid(len(gated), 3, 4.6, 3.6)
-    for model, axes in zip(gated, rows, strict=True):
+def _with_legends(panels: Panels) -> Panels:
+    for _, figure in panels:
+        figure.axes[0].legend(fontsize=8)
+        figure.axes[0].grid(alpha=0.3)
+    return panels
+
+
+def _gates(measured: list[dict], layer: int, head: int) -> Panels:
+    panels = []
+    for model in (model for model in measured if model["gates"]):
         gates = model["gates"]
-        _image(axes[0], gates["heads"], f"{model['name']}: mean gate", "head", "layer", GATES)
+        panels.append(_image(gates["heads"], f"{model['name']}: mean gate", "head", "layer", GATES))
         counts = np.sum(gates["histogram"], axis=0)
         edges = np.linspace(0, gates["histogram_end"], len(counts) + 1)
-        axes[1].stairs(counts / counts.sum(), edges, fill=True, color="tab:grey")
-        axes[1].axvline(1, color="black", linewidth=0.8)
-        axes[1].set(title="all gates: 0 shut, 1 open", xlabel="gate", ylabel="share", xlim=(0, 2))
+        figure, axes = _panel()
+        axes.stairs(counts / counts.sum(), edges, fill=True, color="tab:grey")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(title=f"{model['name']}: all gates, 0 shut, 1 open", xlabel="gate", ylabel="share", xlim=(0, 2))
+        panels.append((axes.get_title(), figure))
         kinds = {kind: row["mean"] for kind, row in gates["kinds"].items() if row["tokens"]}
-        axes[2].barh(
-            list(kinds), kinds.values(), color=[gate_colour(gate) for gate in kinds.values()], edgecolor="grey"
-        )
-        axes[2].axvline(1, color="black", linewidth=0.8)
-        axes[2].set(title="mean gate by kind of token", xlim=(0, 2), xlabel="gate")
-        axes[2].invert_yaxis()
-    return figure
+        figure, axes = _panel()
+        axes.barh(list(kinds), kinds.values(), color=[gate_colour(gate) for gate in kinds.values()], edgecolor="grey")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(title=f"{model['name']}: mean gate by kind of token", xlim=(0, 2), xlabel="gate")
+        axes.invert_yaxis()
+        panels.append((axes.get_title(), figure))
+    return panels
 
 
-def _lengths(measured: list[dict], layer: int, head: int) -> Figure:
-    figure, axes = _grid(1, 2, 5, 3.6)
+def _lengths(measured: list[dict], layer: int, head: int) -> Panels:
+    (loss_figure, losses), (rate_figure, rates) = _panel(), _panel()
     for model in measured:
-        places, losses = zip(*model["loss_by_position"], strict=True)
-        axes[0, 0].plot(places, losses, marker="o", label=model["name"])
-        rates = model["attention"]["sink_rate"]
-        axes[0, 1].plot([int(length) for length in rates], rates.values(), marker="o", label=model["name"])
-    axes[0, 0].set(title="loss by position", xscale="log", xlabel="from token", ylabel="nats a token")
-    axes[0, 1].set(title="sink rate by length", xscale="log", xlabel="tokens", ylim=(-0.02, 1.02))
-    for ax in axes[0]:
-        ax.legend(fontsize=7)
-        ax.grid(alpha=0.3)
-    return figure
+        places, values = zip(*model["loss_by_position"], strict=True)
+        losses.plot(places, values, marker="o", label=model["name"])
+        by_length = model["attention"]["sink_rate"]
+        rates.plot([int(length) for length in by_length], by_length.values(), marker="o", label=model["name"])
+    losses.set(title="loss by position", xscale="log", xlabel="from token", ylabel="nats a token")
+    rates.set(title="sink rate by length", xscale="log", xlabel="tokens", ylim=(-0.02, 1.02))
+    return _with_legends([("loss by position", loss_figure), ("sink rate by length", rate_figure)])
 
 
 # Name of the file, title, what it shows, how it is drawn.
-FIGURES: list[tuple[str, str, str, Callable[[list[dict], int, int], Figure | None]]] = [
+FIGURES: list[tuple[str, str, str, Callable[[list[dict], int, int], Panels]]] = [
+    (
+        "sinks",
+        "Attention to the first token, by layer and head",
+        "The mean over queries and windows, on one scale. Where a head gives its first token most of its attention, it "
+        "has an attention sink there.",
+        _sinks,
+    ),
     (
         "sentence",
         "Where attention goes, and what the gates let through",
-        "One head, the one that gives the first token the most unless another was chosen, and its layer. First the "
-        "head's map, where a bright first column is an attention sink. Then the attention of one token by head, its "
-        "gates, and the attention that is left after them.",
+        "One layer, and one head of it: unless another was chosen, the one that gives the first token nearest to half "
+        "of its attention. First the head's map, where a bright first column is a sink. Then the attention of one "
+        "token by head, and, of a gated model, its gates and what they leave of it.",
         _sentence,
-    ),
-    (
-        "sinks",
-        "Attention to the first token, and sinks, by layer and head",
-        "Above, the mean over queries and windows; below, the share of windows in which it is above 0.3.",
-        _sinks,
     ),
     ("gates", "Gates", "One scale: 0 shut, 1 open, 2 the most.", _gates),
     ("activations", "Activations, by layer", "Logarithmic. Kurtosis is what hurts quantization.", _by_layer),

@@ -69,6 +69,22 @@ class ActivationReport:
 
 
 @dataclass(frozen=True)
+class MassiveToken:
+    """
+    A token whose residual state some layer makes more than eight times as long as the layer's median: what attention
+    sinks are made of (see docs/sinks.md). The same text first in a window and later in it are two.
+    """
+
+    text: str
+    first: bool  # of its window
+    seen: int  # times it was massive
+    positions: tuple[int, int]  # the least and the largest
+    ratios: list[float]  # its length over the median's behind each layer, a mean
+    written_by: str  # where it becomes massive, such as "the MLP of layer 11"
+    removed_by: str | None  # where it is no longer
+
+
+@dataclass(frozen=True)
 class TextReport:
     """What happens on one short text, token by token; lists are by layer first."""
 
@@ -91,10 +107,12 @@ class Measurements:
     attention: AttentionReport
     activations: ActivationReport
     gates: GateReport | None
+    massive: list[MassiveToken]  # ten at most, those seen most often
     text: "TextReport"  # the beginning of the first window
     sentence: "TextReport | None"
     # Loss with the gates in another state, and the mean KL divergence from the model as it is, in nats a token.
     without_gates: dict[str, tuple[float, float]] | None
+    quantization: dict[str, float]  # what it would cost, simulated, in nats a token, by the names of `QUANTIZATIONS`
 
     @property
     def perplexity(self) -> float:

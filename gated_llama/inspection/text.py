@@ -18,21 +18,27 @@ TEXT_TOKENS = 96  # of a text that is shown
 
 @torch.no_grad()
 def look_at(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, query: int | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    query: int | None = None,
+    *,
+    maps: bool = True,
 ) -> TextReport:
     """
     Args:
-        ids: token ids (1, T) of a short text: its maps are kept.
+        ids: token ids (1, T) of a short text.
         query: the number of the token whose attention is shown; the last if None.
+        maps: whether to keep the attention of all others too.
     """
     tokens = ids.shape[1]
     query = tokens - 1 if query is None else query
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
-    maps = torch.zeros(layers, heads, tokens, tokens)
+    seen = torch.zeros(layers, heads, tokens, tokens)
     gates: dict[int, torch.Tensor] = {}
 
     def see(layer: int, start: int, first: int, weights: torch.Tensor, output: torch.Tensor) -> None:
-        maps[layer, :, start : start + weights.shape[2], first : first + weights.shape[3]] = weights[0].cpu()
+        seen[layer, :, start : start + weights.shape[2], first : first + weights.shape[3]] = weights[0].cpu()
 
     with ExitStack() as stack:
         stack.enter_context(capture_attention(model, see))
@@ -47,8 +53,8 @@ def look_at(
     return TextReport(
         tokens=[tokenizer.decode([token]) for token in ids[0].tolist()],
         query=query,
-        attention=_rounded(maps[:, :, query]),
-        maps=_rounded(maps),
+        attention=_rounded(seen[:, :, query]),
+        maps=_rounded(seen) if maps else None,
         gates=_rounded(by_head.mean(2)) if gates else None,  # (L, T, N) -> (L, T)
         query_gates=_rounded(by_head[:, query]) if gates else None,
     )

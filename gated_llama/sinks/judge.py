@@ -4,9 +4,9 @@ What moving a sink costs and buys, on windows of a text: loss, attention to sink
 (simulated), and attention to the last tokens alone, without the first ones.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,16 +14,11 @@ from transformers import PreTrainedModel
 
 from gated_llama.inspection.attention import capture_attention, decoder_layers
 from gated_llama.inspection.losses import last_states, token_losses
+from gated_llama.inspection.quantization import QUANTIZATIONS, quantized
 
 
 SINK_SHARE = 0.3  # of a head's attention, from which on a key is its sink (Gu et al., arXiv 2410.10781)
 LATER = 64  # queries from here on count: the earlier have few keys to look at; and how many a short window sees
-QUANTIZATIONS = {  # how inputs are scaled, and to how many bits
-    "W8A8, dynamic per tensor": ("dynamic per tensor", 8),
-    "W8A8, static per tensor": ("static per tensor", 8),
-    "W8A8, per token": ("per token", 8),
-    "W4A4, per token": ("per token", 4),
-}
 
 
 @dataclass(frozen=True)
@@ -103,55 +98,6 @@ def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_s
     )
 
 
-def rounded(x: torch.Tensor, largest: torch.Tensor, levels: int = 127) -> torch.Tensor:
-    step = largest.clamp_min(1e-12) / levels
-    return (x / step).round().clamp(-levels, levels) * step
-
-
-@contextmanager
-def quantized(model: PreTrainedModel, how: str, calibration: torch.Tensor, bits: int = 8) -> Iterator[None]:
-    """
-    Simulated: weights (a scale each) and inputs of the layers' linears, gates left out. `how`: "dynamic per tensor",
-    "static per tensor" (scales from `calibration`), "per token" (weights per output channel).
-    """
-    levels = 2 ** (bits - 1) - 1
-    linears = [
-        linear
-        for layer in decoder_layers(model)
-        for name, linear in layer.named_modules()
-        if isinstance(linear, nn.Linear) and "attn_gate" not in name
-    ]
-    largest = {}
-    if how == "static per tensor":
-
-        def see(linear: nn.Module, inputs: tuple) -> None:
-            peak = inputs[0].detach().abs().max()
-            largest[linear] = torch.maximum(largest.get(linear, peak), peak)
-
-        hooks = [linear.register_forward_pre_hook(see) for linear in linears]
-        losses(model, calibration)
-        for hook in hooks:
-            hook.remove()
-
-    def quantize(linear: nn.Module, inputs: tuple) -> tuple:
-        x = inputs[0]
-        peak = {
-            "dynamic per tensor": lambda: x.abs().max(),
-            "static per tensor": lambda: largest[linear],
-            "per token": lambda: x.abs().amax(-1, keepdim=True),
-        }[how]()
-        return (rounded(x, peak, levels),)
-
-    with ExitStack() as stack:
-        for linear in linears:
-            weight = linear.weight.data
-            stack.callback(setattr, linear.weight, "data", weight)
-            peak = weight.abs().amax(1, keepdim=True) if how == "per token" else weight.abs().max()
-            linear.weight.data = rounded(weight, peak, levels)
-            stack.callback(linear.register_forward_pre_hook(quantize).remove)
-        yield
-
-
 @torch.no_grad()
 def judge(
     model: PreTrainedModel,
@@ -171,7 +117,7 @@ def judge(
     loss, penalties, costs = full.mean().item(), {}, []
     for name in quantizations:
         how, bits = QUANTIZATIONS[name]
-        with quantized(model, how, calibration, bits):
+        with quantized(model, how, partial(losses, model, calibration), bits):
             penalties[name] = losses(model, windows, batch_size).mean().item() - loss
     for and_first in (False, True):
         seen = last_tokens(windows.shape[1], LATER, and_first=and_first)

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gated_llama.inspection.attention import decoder_layers
+from gated_llama.inspection.collectors import MASSIVE
 
 
-MASSIVE = 8.0  # times a layer's median length, from which on a token's state is massive
 BLOCK = 2**24  # attention logits held at once
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The script for whoever has a GPU for ten minutes, end to end at toy size on a CPU, so that it works when it counts."""
+"""The script for whoever has a GPU for ten minutes, end to end at toy size on a CPU: it must work when it counts."""
 
 import json
 import os

@@ -68,7 +68,7 @@ def test_the_page_works(browser, page):
     )
     assert background == ("rgb(18, 18, 18)" if dark else "rgb(255, 255, 255)")
     images = browser.find_elements(By.TAG_NAME, "img")
-    assert len(images) == 5
+    assert len(images) == 16
     assert all(browser.execute_script("return arguments[0].naturalWidth", image) > 400 for image in images)
 
     summary = browser.find_element(By.TAG_NAME, "summary")

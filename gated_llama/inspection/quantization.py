@@ -1,0 +1,70 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What quantization would cost, simulated: numbers are rounded as integers would be, and computed with as they were."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from gated_llama.inspection.attention import decoder_layers
+
+
+QUANTIZATIONS = {  # how inputs are scaled, and to how many bits
+    "W8A8, dynamic per tensor": ("dynamic per tensor", 8),
+    "W8A8, static per tensor": ("static per tensor", 8),
+    "W8A8, per token": ("per token", 8),
+    "W4A4, per token": ("per token", 4),
+}
+
+
+def rounded(x: torch.Tensor, largest: torch.Tensor, levels: int = 127) -> torch.Tensor:
+    step = largest.clamp_min(1e-12) / levels
+    return (x / step).round().clamp(-levels, levels) * step
+
+
+@contextmanager
+def quantized(
+    model: PreTrainedModel, how: str, calibrate: Callable[[], object] = lambda: None, bits: int = 8
+) -> Iterator[None]:
+    """
+    Simulated: weights (a scale each) and inputs of the layers' linears, gates left out. `how`: "dynamic per tensor",
+    "static per tensor" (scales from what `calibrate` runs), "per token" (weights per output channel).
+    """
+    levels = 2 ** (bits - 1) - 1
+    linears = [
+        linear
+        for layer in decoder_layers(model)
+        for name, linear in layer.named_modules()
+        if isinstance(linear, nn.Linear) and "attn_gate" not in name
+    ]
+    largest = {}
+    if how == "static per tensor":
+
+        def see(linear: nn.Module, inputs: tuple) -> None:
+            peak = inputs[0].detach().abs().max()
+            largest[linear] = torch.maximum(largest.get(linear, peak), peak)
+
+        hooks = [linear.register_forward_pre_hook(see) for linear in linears]
+        calibrate()
+        for hook in hooks:
+            hook.remove()
+
+    def quantize(linear: nn.Module, inputs: tuple) -> tuple:
+        x = inputs[0]
+        peak = {
+            "dynamic per tensor": lambda: x.abs().max(),
+            "static per tensor": lambda: largest[linear],
+            "per token": lambda: x.abs().amax(-1, keepdim=True),
+        }[how]()
+        return (rounded(x, peak, levels),)
+
+    with ExitStack() as stack:
+        for linear in linears:
+            weight = linear.weight.data
+            stack.callback(setattr, linear.weight, "data", weight)
+            peak = weight.abs().amax(1, keepdim=True) if how == "per token" else weight.abs().max()
+            linear.weight.data = rounded(weight, peak, levels)
+            stack.callback(linear.register_forward_pre_hook(quantize).remove)
+        yield
