@@ -122,6 +122,7 @@ def test_the_table_of_sinks_is_that_of_the_records():
 def test_the_table_of_speed_is_that_of_the_last_record():
     assert read_table("speed") == speed_table.table()
     assert read_table("speed on a GPU") == speed_table.table("cuda")
+    assert read_table("speed where launches cost") == speed_table.table("cpu, narrow")
     assert speed_table.table().count("\n") > len(speed_table.read()["results"])
 
 
