@@ -2,7 +2,8 @@
 """Write a gated checkpoint in a format that others read.
 
 base: the Llama, Mistral or Qwen checkpoint it was converted from, while its gates are open. qwen3_5: Transformers' own
-Qwen3.5 text model, for what has QK norm; runs without custom code. official: the paper authors' layout.
+Qwen3.5 text model, for what has QK norm; runs without custom code. official: the paper authors' layout. gguf: for
+llama.cpp, of headwise gates without biases.
 """
 
 import argparse
@@ -16,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a gated checkpoint: a folder, or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
     parser.add_argument("--to", choices=TARGETS, required=True, help="the format")
+    parser.add_argument(
+        "--gguf-type", choices=("f32", "f16", "bf16", "q8_0"), help="of the weights (default: as they are)"
+    )
     parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not run source and result")
     add_writing_arguments(parser)
 
@@ -27,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
         args.source,
         args.output,
         to=args.to,
+        gguf_type=args.gguf_type,
         revision=args.revision,
         verify=args.verify,
         force=args.force,

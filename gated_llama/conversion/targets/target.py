@@ -18,13 +18,23 @@ from gated_llama.gates import is_gate
 
 @dataclass(frozen=True)
 class Target:
-    """A format: what is written, and how it is loaded to be compared (given the folder and a dtype)."""
+    """
+    A format.
 
-    config: dict
+    Attributes:
+        config: the config.json; None where `write` writes everything.
+        plans: of the tensors in safetensors.
+        load: of the folder and a dtype, the model to compare.
+        expect: what the comparison must find, see `gated_llama.conversion.verify`.
+        write: into a folder, with or without a progress bar.
+    """
+
+    config: dict | None
     plans: dict[str, TensorPlan]
     load: Callable[[Path, torch.dtype | None], PreTrainedModel]
     expect: str
     gates_added: bool = False
+    write: Callable[[Path, bool], None] | None = None
 
 
 def without_gates(checkpoint: Checkpoint) -> dict[str, TensorPlan]:
