@@ -7,7 +7,7 @@ MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto
 
 .PHONY: demo test test-newest test-oldest style bench textbook pretrain sinks gpu gpu-pack check-big check-gpu check-parallel \
 	check-quantized-cache check-real-shapes check-real-models check-finetune check-distributed check-report check-vllm check-quantized check-serve \
-	check-upstream check-lm-eval
+	check-upstream check-lm-eval check-llama-cpp
 
 # On a real model, which comes in a Python package of 93 MB; on a small one trained here where that cannot be had.
 demo: .venv/installed
@@ -96,6 +96,9 @@ check-quantized: .venv-finetune/installed
 check-upstream: .venv-upstream/installed
 	$(PYTEST) .venv-upstream/bin/python -m pytest -o addopts=-q -W ignore -m upstream tests/slow/check_upstream.py < /dev/null
 
+check-llama-cpp: .venv-llama-cpp/installed
+	$(PYTEST) .venv-llama-cpp/bin/python -m pytest -s -m llama_cpp tests/slow/check_llama_cpp.py
+
 check-lm-eval: .venv-lm-eval/installed
 	$(PYTEST) .venv-lm-eval/bin/python -m pytest -s -W ignore::DeprecationWarning -W ignore::FutureWarning -m lm_eval tests/slow/check_lm_eval.py
 
@@ -131,6 +134,11 @@ check-finetune: .venv-finetune/installed
 .venv-lm-eval/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lm-eval
 	.venv-lm-eval/bin/pip install --quiet -c constraints.txt --editable '.[test]' lm-eval
+	touch $@
+
+.venv-llama-cpp/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/pip install --quiet -c constraints.txt --editable '.[dev]' xllamacpp==2026.10.11549
 	touch $@
 
 .venv-report/installed: setup.cfg pyproject.toml constraints.txt
