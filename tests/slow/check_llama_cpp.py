@@ -1,8 +1,8 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 `make check-llama-cpp`: GGUF exports in an unchanged llama.cpp (the package xllamacpp). Of every family and RoPE that is
-exported the greedy tokens of Transformers in fp32, and their log-probabilities; and, where benchmarks/models.py has left
-it, a real model and its chat. Every outcome is a record of docs/serve.md's table.
+exported the greedy tokens of Transformers in fp32, and their log-probabilities; where benchmarks/models.py has left it,
+a real model and its chat too. Every outcome is a record of docs/serve.md's table.
 """
 
 import pytest
