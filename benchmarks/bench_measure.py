@@ -2,23 +2,29 @@
 """
 What measuring costs: `measure` against the plain forward of the same windows, interleaved in one process, once its
 numbers have proved to be those of the eager attention maps; and the peak memory of a process that measures one long
-window beside one that runs it. Layers are Llama-3.2-1B's, fewer of them. Writes a table for people and one JSON line to
+window beside one that runs it. Layers are Llama-3.2-1B's, fewer of them; or models are real ones, plain or gated, and
+all that `inspect` does by default is done, on as many tokens. Writes a table for people and JSON lines to
 benchmarks/results/.
 
     python benchmarks/bench_measure.py [--layers 4] [--lengths 512 2048] [--pairs 5] [--long 32768]
+    python benchmarks/bench_measure.py --models build/models/smollm2-135m OUT --text FILE.jsonl [--pairs 1]
 """
 
 import argparse
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import LlamaConfig
 
 from configuration_gated import GatedLlamaConfig
-from gated_llama import measure
-from measured import RESULTS, append_record, circumstances, run_measured, seconds_of, summary
+from gated_llama import measure, token_windows
+from gated_llama.data import read_documents
+from gated_llama.inspection import SENTENCE
+from gated_llama.loading import load
+from measured import RESULTS, append_record, circumstances, keep_record, run_measured, seconds_of, summary
 from modeling_gated import GatedLlamaForCausalLM
 
 
@@ -62,9 +68,28 @@ def check(model: GatedLlamaForCausalLM) -> None:
 @torch.no_grad()
 def plain(model: GatedLlamaForCausalLM, ids: torch.Tensor) -> None:
     for window in ids:
-        states = model.model(window[None], use_cache=False).last_hidden_state
+        states = model.get_decoder()(window[None], use_cache=False).last_hidden_state
         for part in states.split(1024, dim=1):
             model.lm_head(part)
+
+
+def measure_real(args: argparse.Namespace) -> None:
+    """`measure` as `inspect` calls it against the forward, of each model, one after the other on the same text."""
+    for folder in args.models:
+        model, tokenizer = load(folder, dtype=args.dtype)
+        model.eval()
+        for length in args.lengths:
+            windows = token_windows(tokenizer, read_documents([args.text]), length)[: max(1, args.tokens // length)]
+            pairs = []
+            for _ in tqdm(range(args.pairs), desc=f"{folder}, {length} tokens"):
+                forward = seconds_of(plain, model, windows)
+                pairs.append(seconds_of(measure, model, tokenizer, windows, sentence=SENTENCE) / forward)
+            print(
+                f"{folder}, {windows.numel()} tokens in windows of {length}: {sum(pairs) / len(pairs):.2f}", flush=True
+            )
+            record = {"model": Path(folder).name, "length": length, "tokens": windows.numel(), "ratio": summary(pairs)}
+            record |= {"dtype": args.dtype, "threads": torch.get_num_threads(), **circumstances()}
+            keep_record(RESULTS / "measure.jsonl", record, "model", "length", "dtype")
 
 
 def main() -> None:
@@ -76,7 +101,14 @@ def main() -> None:
         "--long", type=int, default=32768, help="tokens of the long window, 0 for none (default: 32768)"
     )
     parser.add_argument("--alone", choices=("plain", "measure"), help="one long window and nothing else")
+    parser.add_argument("--models", nargs="+", help="real ones: folders")
+    parser.add_argument("--text", help="for them: a text or .jsonl file")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of it (default: 20000)")
+    parser.add_argument("--dtype", default="float32", help="of real models (default: float32)")
     args = parser.parse_args()
+    if args.models:
+        measure_real(args)
+        return
     if args.alone:
         model, ids = make_model(2), torch.randint(3, 32000, (1, args.long))
         plain(model, ids) if args.alone == "plain" else measure(model, Tokenizer(), ids, compared_windows=0)
