@@ -126,8 +126,9 @@ def _compared(windows: torch.Tensor, count: int | None) -> torch.Tensor:
 
 @torch.no_grad()
 def _quantized(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
-    """What 8 bits cost on a piece of the last window, by scales of the first; nothing where weights are not at hand."""
-    if any(parameter.is_meta or not parameter.is_floating_point() for parameter in model.parameters()):
+    """What 8 bits cost on a piece of the last window, by scales of the first; nothing where weights are packed."""
+    weights = [parameter.data for parameter in model.parameters()]
+    if any(type(w) is not torch.Tensor or w.is_meta or not w.is_floating_point() for w in weights):
         return {}
 
     def loss(ids: torch.Tensor) -> float:
