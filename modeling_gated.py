@@ -94,11 +94,17 @@ class AttentionGate(nn.Module):
     def forward(self, hidden_states: torch.Tensor, attn_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """From X (B, T, E) and Y (B, T, N, H): the gated Y (B, T, N·H), and σ of every gate (B, T, N·G)."""
         scores = torch.sigmoid(self.proj(hidden_states))  # (B, T, E) -> (B, T, N·G)
-        attn_output = attn_output.reshape(*scores.shape, -1)  # (B, T, N·G, H/G)
+        headwise = self.values_per_head == 1
+        if headwise:
+            attn_output, factors = attn_output.reshape(*scores.shape, -1), scores.unsqueeze(-1)  # (B, T, N, H or 1)
+        else:
+            attn_output, factors = attn_output.reshape(scores.shape), scores  # (B, T, N·H)
         # The scale inside the product: training keeps Y and σ and nothing else, and where s·σ is 1 so is the factor.
-        rest = self.zero.to(attn_output.dtype) if self.strength == 1 else (1 - self.strength) * attn_output
-        gated = torch.addcmul(rest, attn_output, scores.unsqueeze(-1), value=self.strength * self.scale)
-        return gated.flatten(-2), scores
+        rest = self.zero if self.strength == 1 else (1 - self.strength) * attn_output
+        if rest.dtype != attn_output.dtype:  # under autocast
+            rest = rest.to(attn_output.dtype)
+        gated = torch.addcmul(rest, attn_output, factors, value=self.strength * self.scale)
+        return gated.flatten(-2) if headwise else gated, scores
 
     def values(self, scores: torch.Tensor) -> torch.Tensor:
         """The gates as they act, from their σ."""
