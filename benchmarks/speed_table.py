@@ -21,7 +21,7 @@ def read(on: str = "cpu") -> dict:
 
 def goal_of(result: dict, gate_type: str, on: str) -> float | None:
     """The largest ratio to Llama that was aimed at; None where there was no aim."""
-    if result["shape"] == NARROW:  # FLOPs are next to nothing there: the leanest gate in-tree is the goal
+    if result.get("shape") == NARROW:  # FLOPs are next to nothing there: the leanest gate in-tree is the goal
         return result["contestants"]["afmoe"]["ratio"]["median"]
     limit = result["contestants"][gate_type]["limit"]
     if result["work"].startswith("memory of"):

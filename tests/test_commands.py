@@ -136,7 +136,7 @@ def test_finetune_and_inspect(gated, tmp_path):
     done = command(*inspect, "--out", tmp_path / "report")
     assert done.returncode == 0, done.stderr
     assert "45 windows of 16 tokens" in done.stdout and "Sink rate, 16 tokens" in done.stdout
-    assert "tokens/s" in done.stderr and "loss with gates inverted" in done.stdout
+    assert "tokens/s" in done.stderr and "Loss, gates inverted" in done.stdout
     base, tuned = json.loads((tmp_path / "report" / "measurements.json").read_text())
     assert (base["model"], tuned["model"]) == (str(tmp_path / "source"), str(tmp_path / "tuned"))
     assert base["gates"] is None and all(layer["moved"] > 0 for layer in tuned["gates"]["layers"])

@@ -65,7 +65,8 @@ def _attention(
     batch, heads, tokens, size = query.shape
     groups = heads // key.shape[1]
     scaling = size**-0.5 if scaling is None else scaling
-    grouped = query.unflatten(1, (-1, groups))  # (B, K, N/K, T, H)
+    scaled_before = query.dtype == torch.float32  # which is less work; in half precision it would round otherwise
+    grouped = (query * scaling if scaled_before else query).unflatten(1, (-1, groups))  # (B, K, N/K, T, H)
     output = torch.empty_like(query)
     rows = max(1, BLOCK.get(query.device.type, BLOCK_ELSEWHERE) // (batch * heads * tokens))
     places = torch.arange(tokens, device=query.device)
@@ -73,13 +74,17 @@ def _attention(
         stop = min(tokens, start + rows)
         first = 0 if sliding_window is None else max(0, start - sliding_window + 1)
         block = grouped[:, :, :, start:stop].flatten(2, 3)  # (B, K, N/K · b, H)
-        logits = (block @ key[:, :, first:stop].transpose(2, 3)).mul_(scaling)
+        logits = block @ key[:, :, first:stop].transpose(2, 3)
+        logits = logits if scaled_before else logits.mul_(scaling)
         logits = logits.unflatten(2, (groups, -1)).flatten(1, 2)  # (B, N, b, keys)
-        distance = places[start:stop, None] - places[None, first:stop]  # (b, keys)
+        # Where nothing but causality hides keys, those before the block are seen by all of it.
+        hidden_from = start if sliding_window is None and attention_mask is None else first
+        distance = places[start:stop, None] - places[None, hidden_from:stop]  # (b, keys)
         seen = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
         if attention_mask is not None:
             seen = seen & attention_mask[:, None, None, first:stop].bool()
-        weights = logits.masked_fill_(~seen, float("-inf")).softmax(-1, dtype=torch.float32)
+        logits[..., hidden_from - first :].masked_fill_(~seen, float("-inf"))
+        weights = logits.softmax(-1, dtype=torch.float32)
         if attention_mask is not None:
             weights = weights.nan_to_num_()  # of padding, which sees nothing
         block = weights.to(value.dtype).unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, N/K · b, keys)

@@ -20,7 +20,8 @@ SINK_LENGTH = 64  # T of the sink rate as it is published
 FIRST_QUERIES = 16  # have few keys to look at, so that each gets much
 MASSIVE = 8.0  # times a layer's median length, from which on a token's state is massive
 GATE_BINS = 40
-TOKENS_AT_ONCE = 1024  # whose copies in fp32 are held
+TOKENS_AT_ONCE, CACHED = 1024, 128  # whose copies in fp32 are held; of those a processor's cache holds
+MEDIAN_OF = 2**18  # numbers at least are what a median is of, spread over a window
 FUNCTION_WORDS = frozenset(
     "a an and are as at be but by for from has have if in into is it its no not of on or so than that the their then "
     "there these they this to was were which will with would you".split()
@@ -171,20 +172,22 @@ class ActivationSums(Collector):
             sizes = window.detach().abs().float()
             # The three largest lie in the three tokens whose own largest are the largest.
             tokens = sizes.amax(1).topk(min(3, len(sizes))).indices
-            top3, median = sizes[tokens].flatten().topk(3).values.cpu().double(), sizes.median().item()
+            top3 = sizes[tokens].flatten().topk(3).values.cpu().double()
+            median = sizes[:: -(-sizes.numel() // MEDIAN_OF)].median().item()
             self.top3[layer] += top3
             self.median[layer] += median
             self.above_100[layer] += float(top3[0] > 100)
             self.massive[layer] += float(top3[0] > 100 and top3[0] > 1000 * median)
 
     def see_input(self, name: str, layer: int, states: torch.Tensor) -> None:
-        for part in states.detach().flatten(0, -2).split(TOKENS_AT_ONCE):
+        for part in states.detach().flatten(0, -2).split(CACHED if states.device.type == "cpu" else TOKENS_AT_ONCE):
             x = part.flatten().float()
-            square, size = x * x, x.abs()
-            sums = [x.sum(), square.sum(), square.dot(x), square.dot(square), size.sum()]
-            counted = [x.numel(), *(value.item() for value in sums)]
-            self.moments[name][layer] += torch.tensor(counted, dtype=torch.float64)
-            self.maxima[name][layer] = max(self.maxima[name][layer].item(), size.max().item())
+            square = x * x
+            sums = [x.sum(), x.dot(x), square.dot(x), square.dot(square)]
+            sums += [torch.linalg.vector_norm(x, order) for order in (1, math.inf)]
+            *sums, largest = torch.stack(sums).tolist()
+            self.moments[name][layer] += torch.tensor([x.numel(), *sums], dtype=torch.float64)
+            self.maxima[name][layer] = max(self.maxima[name][layer].item(), largest)
 
     def report(self, windows: int) -> ActivationReport:
         size, kurtosis = {}, {}
