@@ -120,7 +120,10 @@ def table(records: list[dict]) -> str:
         ("last 256 of 4,096 tokens only, cost", lambda r: f"{r['short window']['cost of the last 256']:+.3f}"),
         ("… with the first kept", lambda r: f"{r['short window']['… and the first']:+.3f}"),
         *(
-            (f"loss of tokens {4 * n},000 to {4 * n + 4},000, cache of 256", lambda r, n=n: f"{r['stream'][n]:.3f}")
+            (
+                f"loss of tokens {4_000 * n:,} to {4_000 * n + 4_000:,}, cache of 256",
+                lambda r, n=n: f"{r['stream'][n]:.3f}",
+            )
             for n in range(len(records[0]["stream"]))
         ),
         ("last words: nats; right", lambda r: f"{r['last words']['nats']:.3f}; {r['last words']['right']:.0%}"),

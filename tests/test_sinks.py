@@ -453,6 +453,25 @@ def test_a_budget_that_is_not_kept_leaves_nothing(plain, capsys, monkeypatch):
     assert not (plain / "none").exists() and not list(plain.glob(".*")) and not list(plain.glob("none*"))
 
 
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_a_model_that_forgot_to_look_back_is_not_returned(plain, capsys, monkeypatch):
+    """Held-out rows are as they were; what lies behind their length in longer texts is not."""
+    from gated_llama.sinks import recipe
+
+    asked = []
+
+    def far_loss(self, model):
+        asked.append(self.far.shape)
+        return 2.0 + 0.1 * (len(asked) == 2)
+
+    monkeypatch.setattr(recipe.Windows, "far_loss", far_loss)
+    monkeypatch.setattr(recipe, "distil", lambda *args, **kwargs: [])
+    arguments = [str(plain / "plain"), str(plain / "far"), "--text", str(plain / "text.jsonl"), *SMALL, "--calm-only"]
+    assert main(["desink", *arguments]) == 1
+    assert "of texts four times as long as the rows the loss rose from 2.0000 to 2.1000" in capsys.readouterr().err
+    assert len(asked) == 2 and asked[0][1] > 128 and not list(plain.glob("far*"))
+
+
 def test_the_command_refuses_in_a_sentence(plain, capsys):
     (plain / "short.txt").write_text("the cat. " * 20)
     for arguments, said in (

@@ -43,6 +43,7 @@ from gated_llama.training.trainer import has_accelerator
 HELD_OUT = 0.05  # of the documents; they are what is measured on
 LEAST_WINDOWS = 16  # of different text that the shortest text must fill
 INSPECTED = 8  # windows that the page is made of
+FAR_WINDOWS = 4  # of text longer than the rows
 LONG_WINDOWS = 4  # on which it is measured what it costs to slide
 
 
@@ -57,9 +58,10 @@ class DesinkSettings:
         calm_tokens: on which all layers are distilled from the base, with a penalty on massive states; or 0.
         move_tokens: on which keys, values and gates are fitted in closed form.
         heal_tokens: on which the gates are distilled from the base afterwards; or 0.
-        sliding_window: let every layer of the result see so many tokens only, so that it reads a stream in constant
-            memory; None leaves the layers as they are.
-        length, batch_size: tokens of a row; rows of a step, in each process.
+        sliding_window: let every layer of the result see so many tokens only, for streams in constant memory; None
+            leaves the layers as they are.
+        length, batch_size: tokens of a row; rows of a step, in each process. What is fitted to short rows forgets how to
+            look back further, so the budget is held to texts four times as long too.
         judged_windows: of held-out text, that are measured on.
     """
 
@@ -69,9 +71,9 @@ class DesinkSettings:
     move_tokens: int = 65_536
     heal_tokens: int = 98_304
     sliding_window: int | None = None
-    length: int = 256
-    batch_size: int = 4
-    judged_windows: int = 32
+    length: int = 1_024
+    batch_size: int = 1
+    judged_windows: int = 8
     seed: int = 0
 
     def check(self) -> None:
@@ -152,7 +154,8 @@ def desink_checkpoint(
 
         result = run.go_on(edited)
         if result is None:
-            result = DesinkResult(str(output), found.name, found.revision, str(windows), judge(base), [])
+            before, far = judge(base), from_main(windows.far_loss(base))
+            result = DesinkResult(str(output), found.name, found.revision, str(windows), before, [], (far, far))
             run.keep(edited, result)
         before = result.before
         announce(f"{found.name}, on {windows}: loss {before.loss:.4f}, sink rate {before.sink_rate:.1%}")
@@ -170,6 +173,13 @@ def desink_checkpoint(
             raise VerificationError(
                 f"{result.verdict()}, and it may rise by {settings.max_loss:.2%}: give more text of the kind that the "
                 "model is for, more tokens, or a larger --max-loss."
+            )
+        result = replace(result, far_loss=(result.far_loss[0], from_main(windows.far_loss(edited))))
+        if not result.far_loss[1] <= (1 + settings.max_loss) * result.far_loss[0]:
+            raise VerificationError(
+                f"{result.verdict()}; but of texts four times as long as the rows the loss rose from "
+                f"{result.far_loss[0]:.4f} to {result.far_loss[1]:.4f}, and it may by {settings.max_loss:.2%}: give a "
+                "larger --length, or a larger --max-loss."
             )
         if settings.sliding_window:
             result = replace(result, sliding=windows.judge_sliding(base, edited, settings.sliding_window))
@@ -303,14 +313,13 @@ class Windows:
             )
         names = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>"))
         self.beginnings = list(dict.fromkeys(token for token in names if token is not None))
-        self.long = 4 * (
-            settings.sliding_window or 0
-        )  # tokens of the windows on which it is measured what sliding costs
+        self.long = 4 * (settings.sliding_window or 0)  # tokens of the texts on which sliding is measured
         if len(self.held_out) <= self.long:
             raise UserError(
                 f"the held-out text has {len(self.held_out):,} tokens, too few to measure what sliding costs: give "
                 f"{round(self.long / HELD_OUT):,} and more, or a smaller sliding_window."
             )
+        self.far = cut_windows(self.held_out, FAR_WINDOWS, self._far(tokenizer), f"{self.seed} far")
         self.judged = self._cut(self.held_out, settings.judged_windows, "judge")
         self.calibration = self._cut(self.train, 8, "calibration")
 
@@ -323,6 +332,14 @@ class Windows:
 
     def judge(self, model: PreTrainedModel, **settings) -> Judgement:
         return judge(model, self.judged, self.calibration, **settings)
+
+    def _far(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Tokens of the longer texts: four rows, if model and held-out text have so many."""
+        return min(4 * self.length, max(2 * self.length, tokenizer.model_max_length), len(self.held_out) - 1)
+
+    def far_loss(self, model: PreTrainedModel) -> float:
+        """Of the tokens of longer texts that lie behind a row's length, in nats."""
+        return losses(model, self.far, 1)[:, self.length :].mean().item()
 
     def judge_sliding(self, base: PreTrainedModel, edited: PreTrainedModel, window: int) -> Sliding:
         """Of texts four times as long as the window."""

@@ -37,6 +37,7 @@ class DesinkResult:
     text: str
     before: Judgement
     steps: list[Step]
+    far_loss: tuple[float, float]  # before and after, of what lies behind a row's length in longer texts
     sliding: Sliding | None = None
 
     @property
@@ -48,6 +49,7 @@ class DesinkResult:
         """Of what `to_json()` wrote."""
         steps = [Step(**step | {"judgement": Judgement(**step["judgement"])}) for step in fields["steps"]]
         sliding = fields["sliding"] and Sliding(**fields["sliding"])
+        fields = fields | {"far_loss": tuple(fields["far_loss"])}
         return cls(**fields | {"before": Judgement(**fields["before"]), "steps": steps, "sliding": sliding})
 
     def to_json(self) -> str:
@@ -67,6 +69,7 @@ class DesinkResult:
             (f"last {LATER} tokens and the first, cost", "{:+.3f}", lambda j: j.short_window_and_first),
         ]
         rows = [(name, form.format(value(one)), form.format(value(other))) for name, form, value in shown]
+        rows.insert(1, ("… of texts longer than the rows, behind those", *map("{:.4f}".format, self.far_loss)))
         if long := self.sliding:
             rows += [
                 (f"loss of {4 * long.window:,} tokens", f"{long.base:.4f}", f"{long.edited:.4f}"),
