@@ -277,8 +277,8 @@ def test_massive_tokens_are_found_wherever_they_stand():
     for hook in hooks:
         hook.remove()
     decode = tiny_tokenizer().decode
-    assert set(found) == {(decode([special]), False), (decode([loud]), True)}
-    written, whole = found[decode([special]), False], found[decode([loud]), True]
+    assert set(found) == {(decode([special]), False), ("", True)}
+    written, whole = found[decode([special]), False], found["", True]
     assert (written.written_by, written.removed_by) == ("the MLP of layer 1", "the MLP of layer 2")
     assert (written.seen, written.positions) == (4, (5, 5)) and written.ratios[1] > 8 > max(written.ratios[::2])
     assert (whole.written_by, whole.removed_by) == ("the attention of layer 0", None) and whole.seen == 2

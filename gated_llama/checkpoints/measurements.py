@@ -130,7 +130,7 @@ def _difference(row: Row, one: float | None, other: float | None) -> str:
     if row.relative:
         text = f"{100 * change:+.1f} %" if abs(change) < 0.5 else f"× {other / one:.3g}"
     else:
-        text = f"{100 * change:+.0f} points" if row.form.endswith("%") else format(change, "+.3f")
+        text = f"{round(100 * change):+} points" if row.form.endswith("%") else format(change, "+.3f")
     if abs(change) < TOLD or not row.aim:
         return text
     return f"{text}, {'better' if change * row.aim > 0 else 'worse'}"

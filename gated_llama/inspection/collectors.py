@@ -288,8 +288,8 @@ class MassiveTokens(Collector):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int):
         super().__init__(model, tokenizer, length)
         self.layers = decoder_layers(model)
-        # By token and whether it comes first: times seen, positions, and ratios before each MLP and behind it.
-        self.found: dict[tuple[int, bool], list] = {}
+        # By token (None: the first of a window): times seen, positions, ratios before each MLP and behind it.
+        self.found: dict[int | None, tuple] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -314,21 +314,21 @@ class MassiveTokens(Collector):
     def end(self, ids: torch.Tensor) -> None:
         ratios = self.lengths / self.lengths.median(2, keepdim=True).values.clamp_min(1e-12)
         for row, place in (ratios[1::2] > MASSIVE).any(0).nonzero().tolist():
-            key = (int(ids[row, place]), place == 0)
+            key = int(ids[row, place]) if place else None
             seen, least, most, sums = self.found.get(key, (0, place, place, 0.0))
             self.found[key] = (seen + 1, min(least, place), max(most, place), sums + ratios[:, row, place])
 
     def report(self, windows: int) -> list[MassiveToken]:
         most_seen = sorted(self.found.items(), key=lambda entry: -entry[1][0])[:10]
-        return [self._token(*key, *found) for key, found in most_seen]
+        return [self._token(token, *found) for token, found in most_seen]
 
-    def _token(self, token: int, first: bool, seen: int, least: int, most: int, sums: torch.Tensor) -> MassiveToken:
+    def _token(self, token: int | None, seen: int, least: int, most: int, sums: torch.Tensor) -> MassiveToken:
         ratios = sums / seen
         massive = (ratios > MASSIVE).nonzero().flatten().tolist() or [ratios.argmax().item()]
         parts = [f"the {part} of layer {n}" for n in range(len(self.layers)) for part in ("attention", "MLP")]
         return MassiveToken(
-            text=self.tokenizer.decode([token]),
-            first=first,
+            text="" if token is None else self.tokenizer.decode([token]),
+            first=token is None,
             seen=seen,
             positions=(least, most),
             ratios=[round(ratio, 2) for ratio in ratios[1::2].tolist()],

@@ -72,11 +72,11 @@ class ActivationReport:
 class MassiveToken:
     """
     A token whose residual state some layer makes more than eight times as long as the layer's median: what attention
-    sinks are made of (see docs/sinks.md). The same text first in a window and later in it are two.
+    sinks are made of (see docs/sinks.md). The first of a window is one by itself, whatever its text.
     """
 
     text: str
-    first: bool  # of its window
+    first: bool  # of its window; then the text is empty
     seen: int  # times it was massive
     positions: tuple[int, int]  # the least and the largest
     ratios: list[float]  # its length over the median's behind each layer, a mean

@@ -38,12 +38,6 @@ def _massive(model: dict) -> str:
     named = "; ".join(
         f"{'the first token' if token['first'] else repr(token['text'])}, from {token['written_by']} "
         f"to {token['removed_by'] or 'the end'}"
-        for token in _without_doubles(often)[:3]
+        for token in often[:3]
     )
     return f"Massive: {named}."
-
-
-def _without_doubles(tokens: list[dict]) -> list[dict]:
-    """Of all tokens that are massive because they come first, one."""
-    first = [token for token in tokens if token["first"]][:1]
-    return first + [token for token in tokens if not token["first"]]

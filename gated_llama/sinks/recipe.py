@@ -60,8 +60,8 @@ class DesinkSettings:
         heal_tokens: on which the gates are distilled from the base afterwards; or 0.
         sliding_window: let every layer of the result see so many tokens only, for streams in constant memory; None
             leaves the layers as they are.
-        length, batch_size: tokens of a row; rows of a step, in each process. What is fitted to short rows forgets how to
-            look back further, so the budget is held to texts four times as long too.
+        length, batch_size: tokens of a row; rows of a step, in each process. What is fitted to short rows forgets
+            to look back further, so the budget holds for texts four times as long too.
         judged_windows: of held-out text, that are measured on.
     """
 
