@@ -7,7 +7,7 @@ MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto
 
 .PHONY: demo test test-newest test-oldest style bench textbook pretrain sinks gpu gpu-pack check-big check-gpu check-parallel \
 	check-quantized-cache check-real-shapes check-real-models check-finetune check-distributed check-report check-vllm check-quantized check-serve \
-	check-upstream check-lm-eval check-llama-cpp
+	check-upstream check-lm-eval check-llama-cpp check-pythons
 
 # On a real model, which comes in a Python package of 93 MB; on a small one trained here where that cannot be had.
 demo: .venv/installed
@@ -95,6 +95,16 @@ check-quantized: .venv-finetune/installed
 # Transformers' tests have markers and warnings that ours forbid; without stdin, none of their processes can ask for trust.
 check-upstream: .venv-upstream/installed
 	$(PYTEST) .venv-upstream/bin/python -m pytest -o addopts=-q -W ignore -m upstream tests/slow/check_upstream.py < /dev/null
+
+# Installed and imported once by each supported Python that is at hand.
+check-pythons:
+	for version in 3.10 3.11 3.12 3.13; do \
+		if ! python$$version -c "" 2> /dev/null; then echo "python$$version: not at hand"; continue; fi; \
+		python$$version -m venv build/python-$$version || exit 1; \
+		build/python-$$version/bin/pip install --quiet -c constraints.txt . || exit 1; \
+		build/python-$$version/bin/python -c "import modeling_gated, gated_llama; gated_llama.measure" || exit 1; \
+		build/python-$$version/bin/gated-llama --version || exit 1; \
+	done
 
 check-llama-cpp: .venv-llama-cpp/installed
 	$(PYTEST) .venv-llama-cpp/bin/python -m pytest -s -m llama_cpp tests/slow/check_llama_cpp.py
