@@ -64,7 +64,7 @@ def peak_of(function, device: str) -> int:
 
 
 def summary(values: list[float]) -> dict:
-    quartiles = statistics.quantiles(values * (1 + (len(values) == 1)), n=4, method="inclusive")
+    quartiles = statistics.quantiles(values if len(values) > 1 else values * 2, n=4, method="inclusive")
     return {"median": quartiles[1], "q25": quartiles[0], "q75": quartiles[2], "n": len(values)}
 
 

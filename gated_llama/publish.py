@@ -40,7 +40,7 @@ from gated_llama.checkpoints.folder import (
     read_header,
     read_json,
 )
-from gated_llama.checkpoints.measurements import MEASUREMENTS_NAME, read_measurements
+from gated_llama.checkpoints.measurements import INSPECTION, read_measurements
 from gated_llama.conversion.families import read_gated_config
 from gated_llama.errors import UserError, first_line
 from gated_llama.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TASKS, is_adapter
@@ -48,7 +48,6 @@ from gated_llama.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TASKS, is_adapt
 
 CODE = {Path(module.__file__).name: Path(module.__file__) for module in (configuration_gated, modeling_gated)}
 CARD = "README.md"
-INSPECTION = Path("inspection", MEASUREMENTS_NAME)  # where `gated-llama inspect … --out FOLDER/inspection` leaves it
 # Tokens of the Hub, keys of OpenAI and of AWS, private keys.
 SECRET = re.compile(rb"\bhf_\w{30,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY")
 

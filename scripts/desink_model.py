@@ -36,16 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from dataclasses import fields
+
     from gated_llama.sinks.recipe import DesinkSettings, desink_checkpoint
 
-    names = ("calm_only", "max_loss", "calm_tokens", "move_tokens", "heal_tokens", "sliding_window")
-    names += ("length", "batch_size", "seed")
     first = os.environ.get("RANK", "0") == "0"
     result = desink_checkpoint(
         args.model,
         args.text,
         args.output,
-        DesinkSettings(**{name: getattr(args, name) for name in names}),
+        DesinkSettings(**{f.name: getattr(args, f.name) for f in fields(DesinkSettings) if hasattr(args, f.name)}),
         revision=args.revision,
         device=args.device,
         resume=args.resume,
@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
         for name, *values in rows:
             print(f"{name:<{wide[0]}}  {values[0]:>{wide[1]}}  {values[1]:>{wide[2]}}")
         print(f"{result.source} -> {result.output}: {result.verdict()}")
-        print(f"page: {os.path.join(result.output, 'inspection', 'index.html')}")
+        page = os.path.join(result.output, "inspection", "index.html")
+        if os.path.exists(page):  # it takes matplotlib
+            print(f"page: {page}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ llama.cpp, of headwise gates without biases.
 import argparse
 import sys
 
-from gated_llama.conversion.targets import TARGETS
+from gated_llama.conversion.targets import GGUF_TYPES, TARGETS
 from gated_llama.scripts.cli import add_writing_arguments
 
 
@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a gated checkpoint: a folder, or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
     parser.add_argument("--to", choices=TARGETS, required=True, help="the format")
-    parser.add_argument(
-        "--gguf-type", choices=("f32", "f16", "bf16", "q8_0"), help="of the weights (default: as they are)"
-    )
+    parser.add_argument("--gguf-type", choices=GGUF_TYPES, help="of a GGUF's weights (default: as they are)")
     parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not run source and result")
     add_writing_arguments(parser)
 

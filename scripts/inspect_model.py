@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from gated_llama.loading import load
 
     if args.out:
-        from gated_llama.checkpoints.measurements import MEASUREMENTS_NAME, read_measurements
+        from gated_llama.checkpoints.measurements import read_measurements, write_measurements
         from gated_llama.inspection.page import draw
 
     device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
@@ -66,9 +66,7 @@ def run(args: argparse.Namespace) -> None:
             measured.append(replace(result, model=source))
             del model
         if folder:
-            lines = ",\n".join(measurements.to_json() for measurements in measured)
-            (folder / MEASUREMENTS_NAME).write_text(f"[{lines}]\n", encoding="utf-8")
-            draw(read_measurements([folder / MEASUREMENTS_NAME]), folder, args.head)
+            draw(read_measurements([write_measurements(measured, folder)]), folder, args.head)
     if args.json:
         for measurements in measured:
             print(measurements.to_json())

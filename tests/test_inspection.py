@@ -178,8 +178,8 @@ def test_what_the_gates_are_worth():
         assert loss == pytest.approx(other(WINDOWS[:2], labels=WINDOWS[:2]).loss.item(), rel=1e-5)
     assert trained[1] == 0 and opened[1] > 0.01 and inverted[1] > 0.01
     control = measured(with_gates(1, 1, 1)).without_gates  # open gates are worth nothing
-    losses, divergences = zip(*control.values(), strict=True)
-    assert divergences == pytest.approx((0, 0, 0), abs=1e-6) and losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    assert {state: divergence for state, (_, divergence) in control.items()} == dict.fromkeys(control, 0.0)
+    assert len({loss for loss, _ in control.values()}) == 1
 
 
 def test_gates_tell_tokens_apart():

@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,14 @@ from gated_llama.errors import UserError
 
 
 MEASUREMENTS_NAME = "measurements.json"
+INSPECTION = Path("inspection", MEASUREMENTS_NAME)  # where a checkpoint's own are, by `--out FOLDER/inspection`
+
+
+def write_measurements(measured: Iterable, folder: Path) -> Path:
+    """Of [`Measurements`] a line each."""
+    path = folder / MEASUREMENTS_NAME
+    path.write_text("[" + ",\n".join(each.to_json() for each in measured) + "]\n", encoding="utf-8")
+    return path
 
 
 def read_measurements(paths: list[str | Path]) -> list[dict]:

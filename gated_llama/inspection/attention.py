@@ -30,6 +30,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
 
 
+def layer_states(output: torch.Tensor | tuple) -> torch.Tensor:
+    """The residual states (B, T, E) in what a decoder layer gives, which some versions wrap into a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
 def capture_attention(model: PreTrainedModel, callback: AttentionCallback) -> Iterator[None]:
     """In the block every forward of `model` (without a cache) tells `callback` its attention weights."""

@@ -3,6 +3,7 @@
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gated_llama.gates import gate_modules
-from gated_llama.inspection.attention import capture_attention, decoder_layers
+from gated_llama.inspection.attention import capture_attention, decoder_layers, layer_states
 from gated_llama.inspection.results import ActivationReport, AttentionReport, GateReport, GateStatistics, MassiveToken
 
 
-SINK_SHARE = 0.3  # ε of the sink rate
+SINK_SHARE = 0.3  # of a head's attention, from which on a key is its sink: ε of the sink rate (arXiv 2410.10781)
 SINK_LENGTH = 64  # T of the sink rate as it is published
 FIRST_QUERIES = 16  # have few keys to look at, so that each gets much
 MASSIVE = 8.0  # times a layer's median length, from which on a token's state is massive
@@ -29,25 +30,25 @@ FUNCTION_WORDS = frozenset(
 KINDS = ("first token", "whitespace", "punctuation", "number", "function word", "other")
 
 
-class Collector:
+class Collector(ABC):
     """Sums up forwards of windows of `length` tokens, and gives its part of the [`Measurements`]."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int):
         self.model, self.tokenizer, self.length = model, tokenizer, length
 
+    @abstractmethod
     def watching(self) -> AbstractContextManager[None]:
         """The block in which forwards are seen."""
-        raise NotImplementedError
 
-    def begin(self, ids: torch.Tensor) -> None:
+    def begin(self, ids: torch.Tensor) -> None:  # noqa: B027 (few need it)
         """Before each forward, of token ids (B, T)."""
 
-    def end(self, ids: torch.Tensor) -> None:
+    def end(self, ids: torch.Tensor) -> None:  # noqa: B027
         """After it."""
 
+    @abstractmethod
     def report(self, windows: int) -> Any:
         """After all of them."""
-        raise NotImplementedError
 
 
 def token_kind(text: str) -> str:
@@ -167,8 +168,7 @@ class ActivationSums(Collector):
             yield
 
     def see_stream(self, layer: int, output: torch.Tensor | tuple) -> None:
-        states = output[0] if isinstance(output, tuple) else output
-        for window in states:  # (T, E), each by itself as in the paper
+        for window in layer_states(output):  # (T, E), each by itself as in the paper
             sizes = window.detach().abs().float()
             # The three largest lie in the three tokens whose own largest are the largest.
             tokens = sizes.amax(1).topk(min(3, len(sizes))).indices
@@ -226,8 +226,8 @@ class GateSums(Collector):
 
     def begin(self, ids: torch.Tensor) -> None:
         if self.modules:
-            self.kinds = _kinds(self.tokenizer, ids)  # (B, T)
-            self.is_kind = torch.nn.functional.one_hot(self.kinds.flatten(), len(KINDS)).double()  # (B·T, 6)
+            kinds = _kinds(self.tokenizer, ids).flatten()
+            self.is_kind = torch.nn.functional.one_hot(kinds, len(KINDS)).double()  # (B·T, 6)
             self.tokens += self.is_kind.sum(0)
 
     @contextmanager
@@ -241,8 +241,7 @@ class GateSums(Collector):
 
     def see(self, layer: int, gates: torch.Tensor) -> None:
         gates = gates.detach().flatten(0, 1)  # (B·T, N·G)
-        parts = zip(gates.split(TOKENS_AT_ONCE), self.is_kind.split(TOKENS_AT_ONCE), strict=True)
-        for gate, is_kind in parts:
+        for gate, is_kind in zip(gates.split(TOKENS_AT_ONCE), self.is_kind.split(TOKENS_AT_ONCE), strict=True):
             gate = gate.float().cpu()
             count = torch.full((len(gate),), float(gate.shape[1]), dtype=torch.float64)
             values = (gate, (gate - 1).abs(), gate < 0.1, gate > 1.5)
@@ -308,8 +307,7 @@ class MassiveTokens(Collector):
         self.lengths = torch.zeros(2 * len(self.layers), *ids.shape)  # (2L, B, T)
 
     def see(self, place: int, states: torch.Tensor | tuple) -> None:
-        states = states[0] if isinstance(states, tuple) else states
-        self.lengths[place] = states.detach().norm(dim=2, dtype=torch.float32)
+        self.lengths[place] = layer_states(states).detach().norm(dim=2, dtype=torch.float32)
 
     def end(self, ids: torch.Tensor) -> None:
         ratios = self.lengths / self.lengths.median(2, keepdim=True).values.clamp_min(1e-12)

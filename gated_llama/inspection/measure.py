@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_modules
+from gated_llama.inspection.attention import capture_attention
 from gated_llama.inspection.collectors import COLLECTORS
 from gated_llama.inspection.losses import last_states, logits_in_parts, token_losses
 from gated_llama.inspection.quantization import QUANTIZATIONS, quantized
@@ -158,7 +159,8 @@ def _without_gates(
             states = {"trained": before[None]}
             for name, strength in (("open", 0.0), ("inverted", -own)):
                 model.set_gate_strength(strength)
-                states[name] = last_states(model, ids)
+                with capture_attention(model, lambda *block: None):  # the kernel that `trained` came by
+                    states[name] = last_states(model, ids)
             for parts in zip(*(logits_in_parts(model, of) for of in states.values()), strict=True):
                 start, stop, _ = parts[0]
                 wanted = ids[:, start + 1 : stop + 1, None].to(before.device)

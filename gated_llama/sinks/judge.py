@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gated_llama.inspection.attention import capture_attention, decoder_layers
+from gated_llama.inspection.attention import capture_attention, decoder_layers, layer_states
+from gated_llama.inspection.collectors import SINK_SHARE
 from gated_llama.inspection.losses import last_states, token_losses
 from gated_llama.inspection.quantization import QUANTIZATIONS, quantized
 
 
-SINK_SHARE = 0.3  # of a head's attention, from which on a key is its sink (Gu et al., arXiv 2410.10781)
 LATER = 64  # queries from here on count: the earlier have few keys to look at; and how many a short window sees
 
 
@@ -75,8 +75,7 @@ def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_s
         sums[:, :, begin : begin + late.shape[2]] += late
 
     def see_states(layer: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
-        states = output if isinstance(output, torch.Tensor) else output[0]
-        largest.append(states.abs().amax((1, 2)).float())
+        largest.append(layer_states(output).abs().amax((1, 2)).float())
 
     most: dict[int, list[torch.Tensor]] = {}
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from gated_llama.inspection.attention import decoder_layers
+from gated_llama.inspection.attention import decoder_layers, layer_states
 from gated_llama.inspection.collectors import MASSIVE
 
 
@@ -93,7 +93,7 @@ def lengths_seen(model: PreTrainedModel, see: Callable[[str, int, torch.Tensor],
     """In the block every forward tells `see` the lengths (B, T) of "states" and "inner" of each layer."""
 
     def see_states(number: int, layer: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
-        see("states", number, (output if isinstance(output, torch.Tensor) else output[0]).float().norm(dim=2))
+        see("states", number, layer_states(output).float().norm(dim=2))
 
     def see_inner(number: int, linear: nn.Module, inputs: tuple) -> None:
         see("inner", number, inputs[0].float().norm(dim=2))

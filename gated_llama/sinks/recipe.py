@@ -22,7 +22,7 @@ import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.card import desinking_card
 from gated_llama.checkpoints.folder import find_source, new_folder, read_checkpoint, refuse_nesting
-from gated_llama.checkpoints.measurements import MEASUREMENTS_NAME, read_measurements
+from gated_llama.checkpoints.measurements import INSPECTION, read_measurements, write_measurements
 from gated_llama.conversion.convert import convert_checkpoint
 from gated_llama.conversion.families import read_gated_config
 from gated_llama.conversion.verify import no_bars_of_transformers
@@ -157,34 +157,19 @@ def desink_checkpoint(
             before, far = judge(base), from_main(windows.far_loss(base))
             result = DesinkResult(str(output), found.name, found.revision, str(windows), before, [], (far, far))
             run.keep(edited, result)
-        before = result.before
-        announce(f"{found.name}, on {windows}: loss {before.loss:.4f}, sink rate {before.sink_rate:.1%}")
+        announce(f"{found.name}, on {windows}: loss {result.before.loss:.4f}, sink rate {result.before.sink_rate:.1%}")
         _take_steps(base, edited, windows, settings, result, run, progress and main, announce)
-        if all(done.undone for done in result.steps):
-            raise VerificationError(
-                f"every step cost more than {settings.max_loss:.2%} of loss: give more text of the kind that the model "
-                "is for, or a larger --max-loss."
-            )
+        _refuse_if_nothing_held(result, settings)
         checkpoint = read_checkpoint(run.gated)
         dtype = read_gated_config(checkpoint.config, str(run.gated)).dtype or torch.float32
         edited.to(dtype).float()  # what is saved is what is measured
         result.steps[-1] = replace(result.steps[-1], judgement=judge(edited))
-        if not result.after.loss <= (1 + settings.max_loss) * before.loss:
-            raise VerificationError(
-                f"{result.verdict()}, and it may rise by {settings.max_loss:.2%}: give more text of the kind that the "
-                "model is for, more tokens, or a larger --max-loss."
-            )
         result = replace(result, far_loss=(result.far_loss[0], from_main(windows.far_loss(edited))))
-        if not result.far_loss[1] <= (1 + settings.max_loss) * result.far_loss[0]:
-            raise VerificationError(
-                f"{result.verdict()}; but of texts four times as long as the rows the loss rose from "
-                f"{result.far_loss[0]:.4f} to {result.far_loss[1]:.4f}, and it may by {settings.max_loss:.2%}: give a "
-                "larger --length, or a larger --max-loss."
-            )
+        _hold_to_budget(result, settings)
         if settings.sliding_window:
             result = replace(result, sliding=windows.judge_sliding(base, edited, settings.sliding_window))
         if main:
-            _inspect(base, edited, tokenizer, windows, result, folder / "inspection", progress)
+            _inspect(base, edited, tokenizer, windows, result, folder / INSPECTION.parent, progress)
             if settings.sliding_window:
                 let_slide(edited.config, settings.sliding_window)
             edited.to(dtype).save_pretrained(folder)
@@ -194,6 +179,30 @@ def desink_checkpoint(
             card = desinking_card(result, found, edited.config, asdict(settings), text)
             (folder / "README.md").write_text(card, encoding="utf-8")
     return result
+
+
+def _refuse_if_nothing_held(result: DesinkResult, settings: DesinkSettings) -> None:
+    if all(done.undone for done in result.steps):
+        raise VerificationError(
+            f"every step cost more than {settings.max_loss:.2%} of loss: give more text of the kind that the model "
+            "is for, or a larger --max-loss."
+        )
+
+
+def _hold_to_budget(result: DesinkResult, settings: DesinkSettings) -> None:
+    """On rows as long as those that were fitted on, and on what lies behind their length in longer texts."""
+    most = 1 + settings.max_loss
+    if not result.after.loss <= most * result.before.loss:
+        raise VerificationError(
+            f"{result.verdict()}, and it may rise by {settings.max_loss:.2%}: give more text of the kind that the "
+            "model is for, more tokens, or a larger --max-loss."
+        )
+    before, after = result.far_loss
+    if not after <= most * before:
+        raise VerificationError(
+            f"{result.verdict()}; but of texts four times as long as the rows the loss rose from {before:.4f} to "
+            f"{after:.4f}, and it may by {settings.max_loss:.2%}: give a larger --length, or a larger --max-loss."
+        )
 
 
 def _load_twice(gated: Path, device: str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
@@ -280,12 +289,12 @@ def _inspect(
         found = measure(
             model, tokenizer, windows.judged[:INSPECTED], sentence=SENTENCE, query="which", progress=progress
         )
-        measured.append(replace(found, model=Path(name).name).to_json())
-    (folder / MEASUREMENTS_NAME).write_text("[" + ",\n".join(measured) + "]\n", encoding="utf-8")
+        measured.append(replace(found, model=Path(name).name))
+    written = write_measurements(measured, folder)
     if find_spec("matplotlib"):
         from gated_llama.inspection.page import draw
 
-        draw(read_measurements([folder / MEASUREMENTS_NAME]), folder)
+        draw(read_measurements([written]), folder)
 
 
 class Windows:

@@ -164,5 +164,5 @@ def test_two_processes_desink_as_one_does(tmp_path):
     (one, losses_of_one), (two, losses_of_two) = made[1], made[2]
     print(f"\ndesink: {losses_of_one} in one process, {losses_of_two} in two")
     assert len(losses_of_one) == 4 and losses_of_one[1] != losses_of_one[0] and losses_of_one[3] != losses_of_one[2]
-    assert losses_of_two == pytest.approx(losses_of_one, abs=2e-3)
+    assert losses_of_two == pytest.approx(losses_of_one, abs=1e-6)  # the order of a sum
     assert one.keys() == two.keys()

@@ -4,28 +4,25 @@ A GGUF that an unchanged llama.cpp runs, as its architecture `step35`: that has 
 only where there are tensors for them. Needs the package gguf.
 """
 
-import json
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
-from gated_llama.checkpoints.folder import Checkpoint, read_json
+from gated_llama.checkpoints.folder import TOKENIZER_CONFIG, Checkpoint, read_json
 from gated_llama.conversion.targets import GGUF_TYPES
 from gated_llama.conversion.targets.target import Target
 from gated_llama.errors import UserError
 from gated_llama.gates import is_gate
 
-
-if TYPE_CHECKING:
-    import numpy
 
 ARCHITECTURE = "step35"
 FILE = "model.gguf"
@@ -55,6 +52,7 @@ OF_LAYER = {
 QUERIES_KEYS_VALUES = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
 # Where there are biases of q, k and v: versions that would leave them out refuse the fused weight instead.
 FUSED = "attn_qkv.weight"
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf's TokenType
 # The pre-tokenizers that both sides have, by what is in tokenizer.json. GPT-2's splits stand in llama.cpp, not here.
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -147,8 +145,6 @@ def _write(
 
 
 def _add_tensor(writer, name: str, shape: tuple[int, ...], numpy_type: str, tensor_type) -> None:
-    import numpy as np
-
     dtype = np.dtype(numpy_type)
     writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, raw_dtype=tensor_type)
 
@@ -269,7 +265,7 @@ def _vocabulary(folder: Path, config: GatedLlamaConfig) -> dict:
         raise UserError(f"{path} has {max(pieces) + 1} tokens, and the model has {config.vocab_size}")
     listed = [pieces.get(number, (f"[PAD{number}]", UNUSED)) for number in range(config.vocab_size)]
     merges = contents["model"]["merges"]
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
     by_text = {text: number for number, (text, _) in pieces.items()}
     vocabulary = {
         "tokenizer.ggml.model": "gpt2",
@@ -280,9 +276,7 @@ def _vocabulary(folder: Path, config: GatedLlamaConfig) -> dict:
         "tokenizer.ggml.add_bos_token": _adds_bos(contents, settings),
     }
     for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
-        text = settings.get(key)
-        text = text["content"] if isinstance(text, dict) else text
-        if text in by_text:
+        if (text := _special(settings, key)) in by_text:
             vocabulary[f"tokenizer.ggml.{name}_token_id"] = by_text[text]
     template = folder / "chat_template.jinja"
     if template.is_file():
@@ -290,9 +284,6 @@ def _vocabulary(folder: Path, config: GatedLlamaConfig) -> dict:
     elif isinstance(settings.get("chat_template"), str):
         vocabulary["tokenizer.chat_template"] = settings["chat_template"]
     return vocabulary
-
-
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf's TokenType
 
 
 def _described(step: dict) -> str:
@@ -306,10 +297,15 @@ def _described(step: dict) -> str:
     return str(kind)
 
 
+def _special(settings: dict, name: str) -> str | None:
+    """A special token of tokenizer_config.json, which older versions write with its settings."""
+    token = settings.get(name)
+    return token["content"] if isinstance(token, dict) else token
+
+
 def _adds_bos(contents: dict, settings: dict) -> bool:
     """Whether a text begins with the beginning-of-text token, by the template of the post-processor."""
-    bos = settings.get("bos_token")
-    bos = bos["content"] if isinstance(bos, dict) else bos
+    bos = _special(settings, "bos_token")
     steps = contents.get("post_processor") or {}
     for step in steps.get("processors", [steps]):
         first = (step.get("single") or [{}])[0]
@@ -322,8 +318,9 @@ def _load(config: GatedLlamaConfig, folder: Path, dtype: torch.dtype | None) -> 
     """Our own reading of the file, to compare: a model whose gates are σ, as llama.cpp's are."""
     import gguf
 
-    fields = json.loads(config.to_json_string()) | {"gate_scale": 1.0, "gate_init": "normal", "dtype": None}
-    model = modeling_gated.GatedLlamaForCausalLM(GatedLlamaConfig(**fields)).float()
+    scaled = deepcopy(config)
+    scaled.gate_scale, scaled.gate_init = 1.0, "normal"
+    model = modeling_gated.GatedLlamaForCausalLM(scaled).float()
     names = {there: ours for ours, there in WHOLE.items()}
     state = {}
     for tensor in gguf.GGUFReader(folder / FILE).tensors:
@@ -343,7 +340,7 @@ def _load(config: GatedLlamaConfig, folder: Path, dtype: torch.dtype | None) -> 
     return model.to(dtype or config.dtype or torch.float32).eval()
 
 
-def _dense(tensor) -> "numpy.ndarray":
+def _dense(tensor) -> np.ndarray:
     import gguf
 
     values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
