@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Tests run one process per core, so each takes one thread.
 PYTEST = env OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKERS ?= 2
-MODEL_TESTS = tests/test_configuration.py tests/test_modeling.py tests/test_auto_classes.py tests/test_publish.py
+MODEL_TESTS = $(addprefix tests/test_,configuration.py modeling.py moe.py auto_classes.py publish.py)
 
 .PHONY: demo test test-newest test-oldest style bench textbook pretrain sinks gpu gpu-pack check-big check-gpu check-parallel \
 	check-quantized-cache check-real-shapes check-real-models check-finetune check-distributed check-report check-vllm check-quantized check-serve \

@@ -14,7 +14,8 @@ ATTENTION_AND_MLP = r".*\.(self_attn\.(q|k|v|o)|mlp\.(gate|up|down))_proj"
 # Every method's defaults are a table from model type to module names; a gated Llama's modules are named as a Llama's.
 for _table in vars(constants).values():
     if isinstance(_table, dict) and "llama" in _table:
-        _table.setdefault("gated_llama", _table["llama"])
+        for _model_type in ("gated_llama", "gated_moe"):  # of experts, the attention
+            _table.setdefault(_model_type, _table["llama"])
 
 
 def gated_lora_config(r: int = 16, *, mlp: bool = False, **settings) -> LoraConfig:

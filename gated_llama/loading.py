@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import modeling_gated  # noqa: F401  (registers the Auto classes)
+import modeling_gated_moe  # noqa: F401  (registers the Auto classes, those of modeling_gated too)
 from gated_llama.checkpoints.folder import INDEX_NAME, WEIGHTS_NAME, HTTPError, read_header, read_json
 from gated_llama.errors import UserError, first_line
 from gated_llama.gates import gate_parameters, is_gate

@@ -20,8 +20,6 @@ from transformers import (
 )
 from yaml import YAMLError
 
-import configuration_gated
-import modeling_gated
 from gated_llama.checkpoints.card import (
     AUTO_CLASSES,
     bases_of,
@@ -41,12 +39,11 @@ from gated_llama.checkpoints.folder import (
     read_json,
 )
 from gated_llama.checkpoints.measurements import INSPECTION, read_measurements
-from gated_llama.conversion.families import read_gated_config
+from gated_llama.conversion.families import GATED_TYPES, read_gated_config
 from gated_llama.errors import UserError, first_line
 from gated_llama.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TASKS, is_adapter
 
 
-CODE = {Path(module.__file__).name: Path(module.__file__) for module in (configuration_gated, modeling_gated)}
 CARD = "README.md"
 # Tokens of the Hub, keys of OpenAI and of AWS, private keys.
 SECRET = re.compile(rb"\bhf_\w{30,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY")
@@ -54,15 +51,16 @@ SECRET = re.compile(rb"\bhf_\w{30,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b|-----BE
 # Run where the package cannot be imported, as by whoever loads the published model: names and shapes only, no weights.
 WITHOUT_THE_PACKAGE = """
 import sys
-for name in ("gated_llama", "modeling_gated", "configuration_gated"):
+for name in ("gated_llama", *sys.argv[3:]):
     sys.modules[name] = None
 import json, torch, transformers
-folder, auto_class = sys.argv[1:]
+folder, auto_class = sys.argv[1:3]
 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
 with torch.device("meta"):
     model = getattr(transformers, auto_class).from_config(config, trust_remote_code=True)
 tied = dict(model.all_tied_weights_keys)
-print(json.dumps([{key: [*tensor.shape] for key, tensor in model.state_dict().items()}, tied]))
+tensors = transformers.core_model_loading.revert_weight_conversion(model, model.state_dict())  # as in files
+print(json.dumps([{key: [*tensor.shape] for key, tensor in tensors.items()}, tied]))
 """
 
 
@@ -101,10 +99,11 @@ def contents_to_publish(folder: str | os.PathLike, *, base: str | None = None) -
     else:
         checkpoint = read_checkpoint(folder)
         config = read_gated_config(checkpoint.config, str(folder / CONFIG_NAME))
-        if missing := [name for name in CODE if not (folder / name).is_file()]:
+        code = [path.name for path in GATED_TYPES[config.model_type].code_files]
+        if missing := [name for name in code if not (folder / name).is_file()]:
             raise UserError(f"{folder / missing[0]} is missing: save_pretrained() of the model writes it.")
         indexed = [INDEX_NAME] if (folder / INDEX_NAME).is_file() else []
-        names = [CONFIG_NAME, *CODE, *checkpoint.shards, *checkpoint.carried, *indexed]
+        names = [CONFIG_NAME, *code, *checkpoint.shards, *checkpoint.carried, *indexed]
         contents = {name: folder / name for name in names}
         card = card or saved_card(config, folder)
     card = with_base(card, base) if card and base else card
@@ -171,17 +170,20 @@ def check_loads(folder: str | os.PathLike, *, trust_remote_code: bool = False) -
     if is_adapter(folder):
         have = {key: info.shape for key, info in read_header(folder, ADAPTER_WEIGHTS).items()}
         return _compare(folder, _adapter_shapes(folder), have)
-    for name, own in CODE.items():
-        if not trust_remote_code and (folder / name).read_bytes() != own.read_bytes():
-            raise UserError(
-                f"{folder / name} is not this version's: save the model again with this version, or let the check run "
-                "it with --trust-remote-code."
-            )
     checkpoint = read_checkpoint(folder)
+    config = read_gated_config(checkpoint.config, str(folder / CONFIG_NAME))
+    code = GATED_TYPES[config.model_type].code_files
+    for own in code:
+        if not trust_remote_code and (folder / own.name).read_bytes() != own.read_bytes():
+            raise UserError(
+                f"{folder / own.name} is not this version's: save the model again with this version, or let the check "
+                "run it with --trust-remote-code."
+            )
     auto_class = AUTO_CLASSES.get((checkpoint.config.get("architectures") or [""])[0])
     if auto_class is None:
         raise UserError(f"{folder / CONFIG_NAME} names no gated class in architectures: save_pretrained() writes it.")
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder.resolve()), auto_class]
+    modules = [file.stem for file in code]
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder.resolve()), auto_class, *modules]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

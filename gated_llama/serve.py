@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from huggingface_hub.constants import HF_HUB_CACHE
 
 import modeling_gated
+import modeling_gated_moe
 from gated_llama.errors import UserError
 
 
@@ -27,8 +28,9 @@ def serve(model: str, options: Sequence[str] = ()) -> None:
         from transformers.cli.serving import model_manager
         from transformers.cli.transformers import main
 
-        for model_class in modeling_gated.AUTO_CLASSES.values():  # its `transformers` need not be the one imported here
-            setattr(model_manager.transformers, model_class.__name__, model_class)
+        for modeling in (modeling_gated, modeling_gated_moe):
+            for model_class in modeling.AUTO_CLASSES.values():  # its `transformers` need not be the one imported here
+                setattr(model_manager.transformers, model_class.__name__, model_class)
         main()
     except ImportError as error:
         raise UserError(f"transformers serve cannot start: {error}.") from error
@@ -36,10 +38,11 @@ def serve(model: str, options: Sequence[str] = ()) -> None:
 
 def register_with_vllm() -> None:
     """
-    vLLM's plugin (entry point `vllm.general_plugins`): our causal LM, run by its Transformers backend. From that vLLM
+    vLLM's plugin (entry point `vllm.general_plugins`): our causal LMs, run by its Transformers backend. From that vLLM
     makes what it needs for the bare model and the classification head, pooling the last token as they do.
     """
     from vllm import ModelRegistry
 
-    backend = "vllm.model_executor.models.transformers:TransformersForCausalLM"
-    ModelRegistry.register_model("GatedLlamaForCausalLM", backend)
+    backend = "vllm.model_executor.models.transformers"
+    ModelRegistry.register_model("GatedLlamaForCausalLM", f"{backend}:TransformersForCausalLM")
+    ModelRegistry.register_model("GatedMoeForCausalLM", f"{backend}:TransformersMoEForCausalLM")

@@ -8,6 +8,7 @@ import sys
 from gated_llama import __version__
 
 
+OWN = ("gated_llama", "modeling_gated", "modeling_gated_moe", "configuration_gated", "configuration_gated_moe")
 COMMANDS = {
     "convert": "convert_checkpoint",
     "desink": "desink_model",
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"gated-llama: verification failed, so nothing was kept: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if error.name.split(".")[0] in ("gated_llama", "modeling_gated", "configuration_gated"):
+        if error.name.split(".")[0] in OWN:
             raise
         print(f"gated-llama: this needs the package {error.name}, which is not installed: install it.", file=sys.stderr)
         return 2

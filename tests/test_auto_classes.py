@@ -11,15 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import configuration_gated_moe
 import modeling_gated
+import modeling_gated_moe
 from configuration_gated import AUTO_MAP
 from hub import local_hub
 from modeling_gated import GatedLlamaForCausalLM
+from modeling_gated_moe import GatedMoeForCausalLM
 from tiny import gated_model, published, source_model, tiny_tokenizer
 
 
-MODEL_AUTO_CLASSES = {auto.__name__: cls for auto, cls in modeling_gated.AUTO_CLASSES.items()}
+MODEL_CLASSES = [
+    (auto, cls) for modeling in (modeling_gated, modeling_gated_moe) for auto, cls in modeling.AUTO_CLASSES.items()
+]
 LOAD = """
 import torch
 from transformers import {auto}
@@ -36,36 +42,53 @@ def expected_line(model):
     return f"OUT {outputs[0].double().sum().item()} 3 {type(model).__name__}"
 
 
-@pytest.mark.parametrize("auto", MODEL_AUTO_CLASSES)
-def test_saved_model_loads_as_remote_code(auto, tmp_path, run_python):
+def name_of(value):
+    return value.__name__
+
+
+@pytest.mark.parametrize(("auto", "model_class"), MODEL_CLASSES, ids=name_of)
+def test_saved_model_loads_as_remote_code(auto, model_class, tmp_path, run_python):
     """A model made from a fresh config, saved: code, full auto_map, and nothing else needed."""
-    model = gated_model(MODEL_AUTO_CLASSES[auto])
+    model = gated_model(model_class)
     model.save_pretrained(tmp_path / "model")
-    done = run_python(LOAD.format(auto=auto, folder=str(tmp_path / "model"), trust=True), installed=False)
+    done = run_python(LOAD.format(auto=auto.__name__, folder=str(tmp_path / "model"), trust=True), installed=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == expected_line(model)
 
 
-@pytest.mark.parametrize("auto", modeling_gated.AUTO_CLASSES, ids=lambda auto: auto.__name__)
-def test_saved_model_loads_with_the_package(auto, tmp_path):
-    model = gated_model(modeling_gated.AUTO_CLASSES[auto])
+@pytest.mark.parametrize(("auto", "model_class"), MODEL_CLASSES, ids=name_of)
+def test_saved_model_loads_with_the_package(auto, model_class, tmp_path):
+    model = gated_model(model_class)
     model.save_pretrained(tmp_path)
     again = auto.from_pretrained(tmp_path).eval()
     assert type(again) is type(model)
     assert torch.equal(again(torch.arange(5, 12)[None])[0], model(torch.arange(5, 12)[None])[0])
 
 
+def save(model, folder):
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def saved(tmp_path):
-    model = gated_model(GatedLlamaForCausalLM)
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save(gated_model(GatedLlamaForCausalLM), tmp_path / "model")
 
 
-def test_saved_folder_is_complete(saved):
-    assert {"configuration_gated.py", "modeling_gated.py"} <= {path.name for path in saved.iterdir()}
-    assert json.loads((saved / "config.json").read_text())["auto_map"] == AUTO_MAP
+@pytest.fixture
+def saved_moe(tmp_path):
+    return save(gated_model(GatedMoeForCausalLM), tmp_path / "moe")
+
+
+CODE = {"configuration_gated.py", "modeling_gated.py"}
+MOE_CODE = CODE | {"configuration_gated_moe.py", "modeling_gated_moe.py"}
+
+
+def test_saved_folder_is_complete(saved, saved_moe):
+    for folder, code, auto_map in ((saved, CODE, AUTO_MAP), (saved_moe, MOE_CODE, configuration_gated_moe.AUTO_MAP)):
+        assert {path.name for path in folder.glob("*.py")} == code
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == auto_map
 
 
 def test_config_and_tokenizer_load_as_remote_code(saved, run_python):
@@ -107,6 +130,21 @@ def test_remote_code_saves_a_complete_folder_again(saved, tmp_path, run_python):
     for auto in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
         done = run_python(LOAD.format(auto=auto, folder=again, trust=True), installed=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_remote_code_keeps_the_names_of_experts(saved_moe, tmp_path, run_python):
+    """Loading joins each layer's experts by the rules that the file registers, saving takes them apart again."""
+    again = tmp_path / "again"
+    code = f"""
+        from transformers import AutoModelForCausalLM
+        AutoModelForCausalLM.from_pretrained({str(saved_moe)!r}, trust_remote_code=True).save_pretrained({str(again)!r})
+        """
+    done = run_python(code, installed=False)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in again.glob("*.py")} == MOE_CODE
+    before, after = (load_file(folder / "model.safetensors") for folder in (saved_moe, again))
+    assert "model.layers.2.mlp.experts.4.down_proj.weight" in after
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_plain_folder_gets_open_gates_as_remote_code(saved, tmp_path, run_python):

@@ -58,14 +58,15 @@ def source(tmp_path):
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gate_type", GATE_TYPES)
-@pytest.mark.parametrize("variant", ["llama-3.2", "mistral", "qwen2-sliding", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama-3.2", "mistral", "qwen2-sliding", "qwen3", "mixtral", "qwen3-moe"])
 def test_loads_through_the_auto_class_with_the_same_logits(tmp_path, variant, gate_type, dtype, shards):
     folder = published(tmp_path / "source", source_model(variant), dtype=dtype, shards=shards)
     result = convert(folder, tmp_path / "gated", gate_type=gate_type)
     assert result.verification.exact and result.verification.control_difference > 0
     expected = AutoModelForCausalLM.from_pretrained(folder)
     actual = AutoModelForCausalLM.from_pretrained(tmp_path / "gated")
-    assert type(actual).__name__ == "GatedLlamaForCausalLM" and actual.dtype == dtype
+    moe = variant in ("mixtral", "qwen3-moe")
+    assert type(actual).__name__ == f"Gated{'Moe' if moe else 'Llama'}ForCausalLM" and actual.dtype == dtype
     with torch.no_grad():
         assert torch.equal(expected(token_ids()).logits, actual(token_ids()).logits)
 
@@ -78,8 +79,9 @@ def test_every_variant_converts_from_either_style_of_config(tmp_path, variant):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_weights_are_carried_byte_for_byte(tmp_path, shards):
-    folder = published(tmp_path / "source", source_model("qwen3"), shards=shards)
+@pytest.mark.parametrize("variant", ["qwen3", "qwen3-moe", "mixtral"])
+def test_weights_are_carried_byte_for_byte(tmp_path, variant, shards):
+    folder = published(tmp_path / "source", source_model(variant), shards=shards)
     before = hashes(folder)
     convert(folder, tmp_path / "gated")
     assert hashes(folder) == before
@@ -290,7 +292,10 @@ def test_index_cannot_leave_the_folder(source, tmp_path, shard):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "'gpt2', which is not supported: llama, mistral, qwen2, qwen3, gated_llama are"),
+        ({"model_type": "gpt2"}, "'gpt2', which is not supported: llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, "),
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe', which is not supported"),  # it has a shared expert
+        ({"model_type": "deepseek_v3"}, "'deepseek_v3', which is not supported"),
+        ({"model_type": "gpt_oss"}, "'gpt_oss', which is not supported"),
         ({"model_type": "DROP"}, "model_type None"),
         ({"architectures": ["LlamaForCausalLMEagle"]}, "LlamaForCausalLMEagle"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),

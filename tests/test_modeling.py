@@ -87,7 +87,7 @@ def test_attention_implementations_change_no_bit(implementation):
 
 
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "Model"])
-@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2-sliding", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama", "mistral", "qwen2-sliding", "qwen3", "mixtral", "qwen3-moe-mixed"])
 def test_open_gates_change_no_bit_of_a_head(variant, head):
     source = source_model(variant, head)
     gated = as_gated(source)
@@ -96,8 +96,9 @@ def test_open_gates_change_no_bit_of_a_head(variant, head):
         assert torch.equal(source(token_ids())[key], gated(token_ids())[key])
 
 
-def test_open_gates_change_no_bit_of_question_answering():
-    source = source_model("mistral", "ForQuestionAnswering")  # the family whose heads all keep their base in `model`
+@pytest.mark.parametrize("variant", ["mistral", "mixtral"])  # families whose heads all keep their base in `model`
+def test_open_gates_change_no_bit_of_question_answering(variant):
+    source = source_model(variant, "ForQuestionAnswering")
     with torch.no_grad():
         expected, actual = source(token_ids()), as_gated(source)(token_ids())
     assert torch.equal(expected.start_logits, actual.start_logits)
@@ -116,7 +117,7 @@ def test_open_gates_change_no_bit_of_question_answering():
         ("repetition penalty", {"repetition_penalty": 1.3, "do_sample": False}),
     ],
 )
-@pytest.mark.parametrize("variant", ["llama-3.2", "qwen2-sliding"])
+@pytest.mark.parametrize("variant", ["llama-3.2", "qwen2-sliding", "mixtral-sliding", "qwen3-moe"])
 def test_generates_what_the_source_generates(variant, kind, arguments):
     source = source_model(variant)
     batch = 1 if kind == "prompt lookup" else 3

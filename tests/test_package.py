@@ -13,14 +13,17 @@ import gated_llama
 
 
 ROOT = Path(__file__).parent.parent
+TOP = ("configuration_gated", "configuration_gated_moe", "modeling_gated", "modeling_gated_moe")
 # scripts → gated_llama → modeling_gated → configuration_gated: what each layer may import of the project.
 MAY_IMPORT = {
     "configuration_gated.py": set(),
+    "configuration_gated_moe.py": {"configuration_gated"},
     "modeling_gated.py": {"configuration_gated"},
-    "gated_llama": {"configuration_gated", "modeling_gated", "gated_llama"},
-    "scripts": {"configuration_gated", "modeling_gated", "gated_llama"},
+    "modeling_gated_moe.py": {"configuration_gated_moe", "modeling_gated"},
+    "gated_llama": {*TOP, "gated_llama"},
+    "scripts": {*TOP, "gated_llama"},
 }
-OWN = {"configuration_gated", "modeling_gated", "gated_llama", "scripts", "benchmarks", "tests", "tiny"}
+OWN = {*TOP, "gated_llama", "scripts", "benchmarks", "tests", "tiny"}
 
 
 def sources(layer: str) -> list[Path]:
@@ -121,10 +124,12 @@ def test_control_an_arrow_upward_and_a_circle_are_seen():
 
 
 def test_the_top_files_import_what_they_may():
-    configuration = imported(ast.parse((ROOT / "configuration_gated.py").read_text()))
-    assert not any(name.split(".")[0] == "torch" for name in configuration)
-    modeling = {name.split(".")[0] for name in imported(ast.parse((ROOT / "modeling_gated.py").read_text()))}
-    assert modeling - set(sys.stdlib_module_names) == {"torch", "transformers", "configuration_gated"}
+    for kind in ("gated", "gated_moe"):
+        configuration = imported(ast.parse((ROOT / f"configuration_{kind}.py").read_text()))
+        assert not any(name.split(".")[0] == "torch" for name in configuration)
+        modeling = {name.split(".")[0] for name in imported(ast.parse((ROOT / f"modeling_{kind}.py").read_text()))}
+        own = MAY_IMPORT[f"modeling_{kind}.py"]
+        assert modeling - set(sys.stdlib_module_names) == {"torch", "transformers", *own}
 
 
 def test_scripts_are_not_named_like_the_standard_library():
@@ -186,7 +191,7 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         entry_points = next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith("entry_points.txt"))
-    assert {name.split("/")[0] for name in names} == {"configuration_gated.py", "modeling_gated.py", "gated_llama"}
+    assert {name.split("/")[0] for name in names} == {*(f"{name}.py" for name in TOP), "gated_llama"}
     scripts = {f"gated_llama/scripts/{path.name}" for path in sources("scripts")}
     assert scripts <= names
     assert "gated-llama = gated_llama.scripts.cli:main" in entry_points

@@ -72,6 +72,20 @@ VARIANTS = {
         },
     ),
 }
+# Mixtures of experts: their grouped products in 16 bits want rows of a multiple of 16 bytes.
+MOE = {"hidden_size": 40, "head_dim": 8, "num_experts_per_tok": 2}
+VARIANTS |= {
+    "mixtral": ("Mixtral", {**MOE, "intermediate_size": 24, "num_local_experts": 5}),
+    "mixtral-sliding": ("Mixtral", {**MOE, "num_local_experts": 3, "sliding_window": 5, "intermediate_size": 8}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {**MOE, "moe_intermediate_size": 24, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    ),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        {**MOE, "moe_intermediate_size": 8, "num_experts": 4, "mlp_only_layers": [1], "tie_word_embeddings": True},
+    ),
+}
 
 
 def source_model(variant: str = "llama", head: str = "ForCausalLM", *, seed: int = 0, **fields) -> PreTrainedModel:
@@ -85,7 +99,8 @@ def source_model(variant: str = "llama", head: str = "ForCausalLM", *, seed: int
 def gated_model(cls: type[PreTrainedModel], *, seed: int = 0, trained: bool = True, **fields) -> PreTrainedModel:
     """A gated model in fp32; `trained` gates are away from 1, as fine-tuning leaves them."""
     torch.manual_seed(seed)
-    model = cls(GatedLlamaConfig(**{**SHAPE, **fields}))
+    experts = {**MOE, "moe_intermediate_size": 24, "num_local_experts": 5} if "Moe" in cls.__name__ else {}
+    model = cls(cls.config_class(**{**SHAPE, **experts, **fields}))
     return randomise(model, gates=trained).eval()
 
 

@@ -16,20 +16,15 @@ from gated_llama.checkpoints.measurements import summary_rows
 
 
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).with_name("cards")))
-PIPELINE_TAGS = {
-    "GatedLlamaForCausalLM": "text-generation",
-    "GatedLlamaModel": "feature-extraction",
-    "GatedLlamaForSequenceClassification": "text-classification",
-    "GatedLlamaForTokenClassification": "token-classification",
-    "GatedLlamaForQuestionAnswering": "question-answering",
+HEADS = {  # Auto class and pipeline tag
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "Model": ("AutoModel", "feature-extraction"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
 }
-AUTO_CLASSES = {
-    "GatedLlamaForCausalLM": "AutoModelForCausalLM",
-    "GatedLlamaModel": "AutoModel",
-    "GatedLlamaForSequenceClassification": "AutoModelForSequenceClassification",
-    "GatedLlamaForTokenClassification": "AutoModelForTokenClassification",
-    "GatedLlamaForQuestionAnswering": "AutoModelForQuestionAnswering",
-}
+PIPELINE_TAGS = {prefix + head: tag for prefix in ("GatedLlama", "GatedMoe") for head, (_, tag) in HEADS.items()}
+AUTO_CLASSES = {prefix + head: auto for prefix in ("GatedLlama", "GatedMoe") for head, (auto, _) in HEADS.items()}
 FROM_BASE = ("license", "license_name", "license_link", "language")
 
 UNCHANGED = "The base model's weight files are unchanged, byte for byte; the gates are in `model-gates.safetensors`."

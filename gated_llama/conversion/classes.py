@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from gated_llama.errors import UserError
 
@@ -19,7 +20,7 @@ def load_model(model_class: type[PreTrainedModel], folder: Path, config: PreTrai
 
 def shapes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, where: str) -> dict[str, tuple[int, ...]]:
     """
-    Keys and shapes of the class's checkpoint.
+    Keys and shapes of the class's checkpoint, in which each expert's weights are by themselves.
 
     Raises:
         UserError: no model can be built from the config, which `where` names.
@@ -29,4 +30,5 @@ def shapes_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, wher
             model = model_class(config)
     except Exception as error:  # whatever an unknown rope type or activation makes the model class do
         raise UserError(f"{where} describes no model that can be built: {type(error).__name__} {error}.") from error
-    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    tensors = revert_weight_conversion(model, model.state_dict())
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}

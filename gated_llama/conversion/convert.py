@@ -21,7 +21,6 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-import configuration_gated
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from gated_llama import __version__
@@ -34,7 +33,6 @@ from gated_llama.checkpoints.folder import (
     Checkpoint,
     Source,
     TensorInfo,
-    copy_file,
     find_source,
     missing_tensors,
     new_folder,
@@ -52,7 +50,7 @@ from gated_llama.checkpoints.shards import (
 )
 from gated_llama.conversion import official
 from gated_llama.conversion.classes import load_model, shapes_of
-from gated_llama.conversion.families import Origin, gate_settings, gated_config, recognise
+from gated_llama.conversion.families import GATED_TYPES, Origin, gate_settings, gated_config, recognise
 from gated_llama.conversion.tokenizer import Kept, keep_tokenizer
 from gated_llama.conversion.verify import Verification
 from gated_llama.conversion.verify import verify as compare
@@ -173,8 +171,7 @@ def convert_checkpoint(
         carried_bytes = write_shards(checkpoint, plans, folder, link=link, progress=progress)
         write_index(folder, plans)
         checkpoint.copy_carried(folder)
-        for module in (configuration_gated, modeling_gated):
-            copy_file(Path(module.__file__), folder / Path(module.__file__).name)
+        GATED_TYPES[config.model_type].copy_code(folder)
         kept = keep_tokenizer(checkpoint.folder, _named(origin.config, found), folder, config)
         verification = _verify(checkpoint, origin, config, folder, progress) if verify else None
         result = replace(result, carried_bytes=carried_bytes, verification=verification, tokenizer=kept.said)

@@ -13,7 +13,6 @@ from types import ModuleType
 import torch
 from transformers import AutoConfig
 
-import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.folder import (
     CONFIG_NAME,
@@ -27,7 +26,7 @@ from gated_llama.checkpoints.folder import (
 )
 from gated_llama.checkpoints.shards import write_index, write_shards
 from gated_llama.conversion.classes import shapes_of
-from gated_llama.conversion.families import read_gated_config
+from gated_llama.conversion.families import GATED_TYPES, read_gated_config
 from gated_llama.conversion.targets import TARGETS
 from gated_llama.conversion.targets.target import Target, load_as
 from gated_llama.conversion.tokenizer import keep_tokenizer, name_class
@@ -85,7 +84,7 @@ def export_checkpoint(
         raise UserError(
             f"{where} has gate_strength {config.gate_strength:g}, which no other format can express: set it to 1."
         )
-    gated_class = getattr(modeling_gated, config.architectures[0])
+    gated_class = getattr(GATED_TYPES[config.model_type].modeling, config.architectures[0])
     shapes = shapes_of(gated_class, config, where)
     if missing := missing_tensors(shapes, checkpoint.tensors, tied=config.tie_word_embeddings):
         raise UserError(f"{checkpoint.folder} has no tensor {missing[0]}, which its config needs.")

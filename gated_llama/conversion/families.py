@@ -1,16 +1,22 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 The model families that a gated checkpoint can come from, as data: which config fields mean the same in both models,
-which a family fixes without saying so, and which of its classes becomes which of ours.
+which a family fixes without saying so, and which of its classes becomes which of ours. And the model types of ours.
 """
 
+import shutil
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+import configuration_gated
+import configuration_gated_moe
 import modeling_gated
+import modeling_gated_moe
 from configuration_gated import GatedLlamaConfig
 from gated_llama.conversion.official import FLAGS, gate_type_of, is_official
 from gated_llama.errors import UserError
@@ -52,11 +58,44 @@ NOT_CARRIED = {
 }
 
 
+# Fields of experts that mean the same in both families that have them.
+EXPERT_FIELDS = ("num_local_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef")
+
+
+@dataclass(frozen=True)
+class GatedType:
+    prefix: str  # of its classes
+    config_class: type[GatedLlamaConfig]
+    modeling: ModuleType
+    code: tuple[ModuleType, ...]  # that a folder needs to be remote code
+
+    @property
+    def code_files(self) -> list[Path]:
+        return [Path(module.__file__) for module in self.code]
+
+    def copy_code(self, folder: Path) -> None:
+        for file in self.code_files:
+            shutil.copyfile(file, folder / file.name)
+
+
+_DENSE = (configuration_gated, modeling_gated)
+GATED_TYPES = {
+    "gated_llama": GatedType("GatedLlama", GatedLlamaConfig, modeling_gated, _DENSE),
+    "gated_moe": GatedType(
+        "GatedMoe",
+        configuration_gated_moe.GatedMoeConfig,
+        modeling_gated_moe,
+        (*_DENSE, configuration_gated_moe, modeling_gated_moe),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Family:
     prefix: str  # of its classes in Transformers
     own_fields: tuple[str, ...] = ()  # fields of its config that ours has too
     fixed: dict = field(default_factory=dict)  # what its code does and its config does not say
+    becomes: str = "gated_llama"  # the model type of ours
 
 
 FAMILIES = {
@@ -71,6 +110,21 @@ FAMILIES = {
         "Qwen3",
         own_fields=("attention_bias", "sliding_window", "layer_types"),
         fixed={"use_qk_norm": True},
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        own_fields=("sliding_window", *EXPERT_FIELDS, "router_jitter_noise"),
+        fixed={"moe_type": "mixtral"},
+        becomes="gated_moe",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3Moe",
+        own_fields=(
+            *("attention_bias", "sliding_window", *EXPERT_FIELDS),
+            *("moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"),
+        ),
+        fixed={"use_qk_norm": True, "moe_type": "qwen3_moe"},
+        becomes="gated_moe",
     ),
 }
 
@@ -102,26 +156,28 @@ def recognise(raw_config: dict, where: str) -> Origin:
         UserError: the family or the architecture is not supported, or the config contradicts itself. `where` names it.
     """
     model_type = raw_config.get("model_type")
-    if model_type not in (*FAMILIES, "gated_llama"):
-        supported = ", ".join((*FAMILIES, "gated_llama"))
+    if model_type not in FAMILIES | GATED_TYPES:
+        supported = ", ".join(FAMILIES | GATED_TYPES)
         raise UserError(f"{where} has model_type {model_type!r}, which is not supported: {supported} are.")
     if raw_config.get("quantization_config"):
         raise UserError(
             f"{where} has a quantization_config: convert the unquantized checkpoint, and quantize the result."
         )
-    prefix = "GatedLlama" if model_type == "gated_llama" else FAMILIES[model_type].prefix
+    is_gated = model_type in GATED_TYPES
+    gated = GATED_TYPES[model_type if is_gated else FAMILIES[model_type].becomes]
+    prefix = gated.prefix if is_gated else FAMILIES[model_type].prefix
     architectures = raw_config.get("architectures") or [f"{prefix}ForCausalLM"]
     head = next((head for head in HEADS if architectures == [prefix + head]), None)
     if head is None:
         supported = ", ".join(prefix + head for head in HEADS)
         raise UserError(f"{where} has architectures {architectures}, which is not supported: one of {supported} is.")
-    config_class = GatedLlamaConfig if prefix == "GatedLlama" else getattr(transformers, f"{prefix}Config")
+    config_class = gated.config_class if is_gated else getattr(transformers, f"{prefix}Config")
     try:
         config = config_class.from_dict(raw_config)
     except Exception as error:  # whatever a malformed value makes the config class do
         raise UserError(f"{where} is not a valid {model_type} config: {_reason(error)}") from error
-    gated_class = getattr(modeling_gated, f"GatedLlama{head}")
-    if model_type == "gated_llama":
+    gated_class = getattr(gated.modeling, gated.prefix + head)
+    if is_gated:
         gates = {name: getattr(config, name) for name in GATE_DEFAULTS}
         return Origin(model_type, "gated", config, gated_class, gated_class, gates)
     if is_official(raw_config):
@@ -174,14 +230,14 @@ def gated_config(origin: Origin, settings: dict, *, where: str) -> GatedLlamaCon
     Raises:
         UserError: the settings make no gate, or the sizes in the source's config contradict each other.
     """
-    source = origin.config
+    source, config_class = origin.config, origin.gated_class.config_class
     try:
         if origin.layout == "gated":
-            return GatedLlamaConfig.from_dict(source.to_dict() | settings)
+            return config_class.from_dict(source.to_dict() | settings)
         own = [name for name in FAMILIES[origin.model_type].own_fields if name not in origin.fixed]
         values = {name: getattr(source, name) for name in (*COMMON_FIELDS, *own)} | _undeclared(source)
         values["rope_parameters"] = {key: value for key, value in source.rope_parameters.items() if key != "type"}
-        return GatedLlamaConfig(
+        return config_class(
             **values | origin.fixed | settings | {"architectures": [origin.gated_class.__name__]},
         )
     except (TypeError, ValueError, StrictDataclassError) as error:
@@ -204,7 +260,8 @@ def _undeclared(config: PreTrainedConfig) -> dict:
     Fields that the config's class does not declare and code reads where they are set, such as `is_causal` or
     `original_max_position_embeddings`. What only ours declares is none of them, but for `head_dim`, which Qwen2 reads.
     """
-    declared = {field.name for kind in (type(config), GatedLlamaConfig) for field in fields(kind)} - {"head_dim"}
+    ours = GATED_TYPES["gated_moe"].config_class  # it has the fields of all
+    declared = {field.name for kind in (type(config), ours) for field in fields(kind)} - {"head_dim"}
     left_out = declared | NOT_CARRIED | {"layer_types"}
     values = {name: value for name, value in config.to_dict().items() if name not in left_out}
     return {name: value for name, value in values.items() if value is not None}

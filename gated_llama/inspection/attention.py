@@ -30,6 +30,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "self_attn") and hasattr(module, "mlp")]
 
 
+def has_experts(layer: nn.Module) -> bool:
+    """Whether its MLP is a mixture of experts, whose weights are in no linears."""
+    return hasattr(layer.mlp, "experts")
+
+
 def layer_states(output: torch.Tensor | tuple) -> torch.Tensor:
     """The residual states (B, T, E) in what a decoder layer gives, which some versions wrap into a tuple."""
     return output[0] if isinstance(output, tuple) else output

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gated_llama.gates import gate_modules
-from gated_llama.inspection.attention import capture_attention, decoder_layers, layer_states
+from gated_llama.inspection.attention import capture_attention, decoder_layers, has_experts, layer_states
 from gated_llama.inspection.results import ActivationReport, AttentionReport, GateReport, GateStatistics, MassiveToken
 
 
@@ -136,8 +136,12 @@ class AttentionSums(Collector):
         )
 
 
+def _or_none(values: torch.Tensor, seen: torch.Tensor) -> list[float | None]:
+    return [value if found else None for value, found in zip(values.tolist(), seen.tolist(), strict=True)]
+
+
 class ActivationSums(Collector):
-    """Sizes in the residual stream, and of what `o_proj` and `down_proj` read."""
+    """Sizes in the residual stream, and of what `o_proj` and `down_proj` read, but for those of experts."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int):
         super().__init__(model, tokenizer, length)
@@ -159,10 +163,13 @@ class ActivationSums(Collector):
                     layer.self_attn.o_proj.register_forward_pre_hook(
                         lambda m, inputs, n=number: self.see_input("o_proj", n, inputs[0])
                     ),
-                    layer.mlp.down_proj.register_forward_pre_hook(
-                        lambda m, inputs, n=number: self.see_input("down_proj", n, inputs[0])
-                    ),
                 ]
+                if not has_experts(layer):
+                    hooks.append(
+                        layer.mlp.down_proj.register_forward_pre_hook(
+                            lambda m, inputs, n=number: self.see_input("down_proj", n, inputs[0])
+                        )
+                    )
                 for hook in hooks:
                     stack.callback(hook.remove)
             yield
@@ -193,9 +200,10 @@ class ActivationSums(Collector):
         size, kurtosis = {}, {}
         for name, moments in self.moments.items():
             m1, m2, m3, m4, absolute = moments.T[1:] / moments.T[0]
-            size[name] = absolute.tolist()
             variance = m2 - m1**2
-            kurtosis[name] = ((m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2).tolist()
+            by_layer = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2
+            seen = moments.T[0] > 0
+            size[name], kurtosis[name] = (_or_none(values, seen) for values in (absolute, by_layer))
         return ActivationReport(
             top3=(self.top3 / windows).tolist(),
             median=(self.median / windows).tolist(),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_modules
-from gated_llama.inspection.attention import capture_attention
+from gated_llama.inspection.attention import capture_attention, decoder_layers, has_experts
 from gated_llama.inspection.collectors import COLLECTORS
 from gated_llama.inspection.losses import last_states, logits_in_parts, token_losses
 from gated_llama.inspection.quantization import QUANTIZATIONS, quantized
@@ -127,7 +127,12 @@ def _compared(windows: torch.Tensor, count: int | None) -> torch.Tensor:
 
 @torch.no_grad()
 def _quantized(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
-    """What 8 bits cost on a piece of the last window, by scales of the first; nothing where weights are packed."""
+    """
+    What 8 bits cost on a piece of the last window, by scales of the first; nothing where weights are packed, or in
+    experts, which are not simulated.
+    """
+    if any(map(has_experts, decoder_layers(model))):
+        return {}
     weights = [parameter.data for parameter in model.parameters()]
     if any(type(w) is not torch.Tensor or w.is_meta or not w.is_floating_point() for w in weights):
         return {}

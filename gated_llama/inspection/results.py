@@ -62,10 +62,10 @@ class ActivationReport:
     massive: float  # … and above 1000 medians too, which is what makes it massive
     m_act: float
     # What makes quantization hard (Bondarenko et al., arXiv 2306.12929): of the inputs of these linears, by layer. That
-    # of o_proj is the attention's output after the gate.
-    input_size: dict[str, list[float]]  # mean |x|
+    # of o_proj is the attention's output after the gate. Layers with experts have none for down_proj.
+    input_size: dict[str, list[float | None]]  # mean |x|
     input_max: dict[str, list[float]]
-    input_kurtosis: dict[str, list[float]]
+    input_kurtosis: dict[str, list[float | None]]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from configuration_gated import GatedLlamaConfig
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_values
-from gated_llama.inspection.attention import decoder_layers
+from gated_llama.inspection.attention import decoder_layers, has_experts
 from gated_llama.inspection.losses import token_losses
 from gated_llama.sinks.judge import losses
 from gated_llama.sinks.layers import Attended, attend, embed, rotary_of, sink_tokens, state_lengths
@@ -167,6 +167,8 @@ def add_biases(model: PreTrainedModel, *, attention: bool = True) -> None:
 
 
 def _check(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    if any(map(has_experts, decoder_layers(model))):
+        raise UserError("the sinks of mixtures of experts are not moved: no such model was tried.")
     if model.config.model_type != GatedLlamaConfig.model_type:
         raise UserError(f"a {model.config.model_type!r} model has no gates to move sinks into: convert it first.")
     if model.config.gate_strength != 1:

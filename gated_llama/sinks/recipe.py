@@ -5,7 +5,6 @@ the base; each step measured on text that it has not seen, and nothing kept that
 """
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -17,14 +16,12 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-import configuration_gated
-import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.card import desinking_card
 from gated_llama.checkpoints.folder import find_source, new_folder, read_checkpoint, refuse_nesting
 from gated_llama.checkpoints.measurements import INSPECTION, read_measurements, write_measurements
 from gated_llama.conversion.convert import convert_checkpoint
-from gated_llama.conversion.families import read_gated_config
+from gated_llama.conversion.families import GATED_TYPES, read_gated_config, recognise
 from gated_llama.conversion.verify import no_bars_of_transformers
 from gated_llama.data import begun, cut_windows, read_documents, shuffled, tokenize
 from gated_llama.errors import UserError, VerificationError
@@ -133,6 +130,8 @@ def desink_checkpoint(
     refuse_adapter(model)
     found = find_source(model, revision)
     refuse_nesting(found.folder, Path(output))
+    if recognise(read_checkpoint(found.folder).config, found.name).gated_class.config_class is not GatedLlamaConfig:
+        raise UserError(f"{found.name} is a mixture of experts, whose sinks are not moved: no such model was tried.")
     text = [str(source) for source in text]
     asked = {"model": found.found_again_by, "revision": found.revision, "text": text, **asdict(settings)}
     main = processes.is_main_process
@@ -174,8 +173,7 @@ def desink_checkpoint(
                 let_slide(edited.config, settings.sliding_window)
             edited.to(dtype).save_pretrained(folder)
             checkpoint.copy_carried(folder)
-            for module in (configuration_gated, modeling_gated):
-                shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
+            GATED_TYPES[edited.config.model_type].copy_code(folder)
             card = desinking_card(result, found, edited.config, asdict(settings), text)
             (folder / "README.md").write_text(card, encoding="utf-8")
     return result

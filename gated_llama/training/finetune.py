@@ -25,8 +25,6 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 
-import configuration_gated
-import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.card import finetuning_card
 from gated_llama.checkpoints.folder import (
@@ -39,7 +37,7 @@ from gated_llama.checkpoints.folder import (
     read_json,
     refuse_nesting,
 )
-from gated_llama.conversion.families import read_gated_config
+from gated_llama.conversion.families import GATED_TYPES, read_gated_config
 from gated_llama.data import Rows, one_row_each, pack, read_documents, shuffled, split_off, tokenize
 from gated_llama.errors import UserError, first_line
 from gated_llama.gates import gate_parameters, is_gate
@@ -227,8 +225,10 @@ def finetune_checkpoint(
     refuse_nesting(found.folder, output)
     checkpoint = read_checkpoint(found.folder)
     config = read_gated_config(checkpoint.config, str(found.folder / CONFIG_NAME))
-    if config.architectures != ["GatedLlamaForCausalLM"]:
+    if not config.architectures[0].endswith("ForCausalLM"):
         raise UserError(f"{found.folder} holds a {config.architectures[0]}: only causal language models are trained.")
+    if settings.lora_mlp and config.model_type != GatedLlamaConfig.model_type:
+        raise UserError(f"{found.folder} has experts, which LoRA is not put on: leave lora_mlp out.")
     asked = {"model": found.found_again_by, "data": [str(source) for source in data], **asdict(settings)}
     asked["processes"] = processes.num_processes
 
@@ -478,8 +478,7 @@ def _write_result(
         if main:
             checkpoint.copy_carried(partial)
             if not way.is_adapter:
-                for module in (configuration_gated, modeling_gated):
-                    shutil.copyfile(module.__file__, partial / Path(module.__file__).name)
+                GATED_TYPES[config.model_type].copy_code(partial)
             record = read_json(output / RECORD)
             card = finetuning_card(result, way, found, config, _reported_settings(record["asked"]))
             (partial / "README.md").write_text(card, encoding="utf-8")

@@ -136,6 +136,69 @@ PUBLISHED = {
         "use_cache": True,
         "vocab_size": 32000,
     },
+    "Mixtral-8x7B-v0.1-1-layer": {
+        "architectures": ["MixtralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0.dev0",
+        "use_cache": True,
+        "vocab_size": 32000,
+    },
+    "Qwen3-30B-A3B-2-layers": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
 }
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
 
@@ -161,7 +224,20 @@ def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
     }
     if config["model_type"] == "qwen2":
         layer |= {f"self_attn.{name}_proj.bias": (n,) for name, n in (("q", q), ("k", kv), ("v", kv))}
-    if config["model_type"] == "qwen3":
+    if config["model_type"] == "mixtral":
+        layer = {name: shape for name, shape in layer.items() if not name.startswith("mlp.")}
+        layer["block_sparse_moe.gate.weight"] = (config["num_local_experts"], hidden)
+        for expert in range(config["num_local_experts"]):
+            matrices = {"w1": (mlp, hidden), "w2": (hidden, mlp), "w3": (mlp, hidden)}
+            layer |= {f"block_sparse_moe.experts.{expert}.{name}.weight": shape for name, shape in matrices.items()}
+    if config["model_type"] == "qwen3_moe":
+        mlp = config["moe_intermediate_size"]
+        layer = {name: shape for name, shape in layer.items() if not name.startswith("mlp.")}
+        layer["mlp.gate.weight"] = (config["num_experts"], hidden)
+        for expert in range(config["num_experts"]):
+            matrices = {"gate_proj": (mlp, hidden), "up_proj": (mlp, hidden), "down_proj": (hidden, mlp)}
+            layer |= {f"mlp.experts.{expert}.{name}.weight": shape for name, shape in matrices.items()}
+    if config["model_type"] in ("qwen3", "qwen3_moe"):
         layer |= {"self_attn.q_norm.weight": (size,), "self_attn.k_norm.weight": (size,)}
     for number in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}

@@ -20,10 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 import modeling_gated
+import modeling_gated_moe
 from configuration_gated import GatedLlamaConfig
+from configuration_gated_moe import GatedMoeConfig
 from measured import ROOT
 
 
@@ -209,3 +211,24 @@ class TestQwenLike(TestHeadwise):
         "layer_types": ["full_attention", "sliding_attention"],
         "num_attention_heads": 4,
     }
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, "moe_intermediate_size": 16}
+
+
+class TestMixtral(CommonTests, unittest.TestCase):
+    """The control of the mixtures of experts."""
+
+    def subject(self):
+        return Subject(transformers, "Mixtral", MixtralConfig, **EXPERTS)
+
+
+class TestMixtralLike(CommonTests, unittest.TestCase):
+    fields = {"moe_type": "mixtral"}
+
+    def subject(self):
+        return Subject(modeling_gated_moe, "GatedMoe", GatedMoeConfig, gate_init="normal", **EXPERTS, **self.fields)
+
+
+class TestQwen3MoeLike(TestMixtralLike):
+    fields = {"moe_type": "qwen3_moe", "use_qk_norm": True, "gate_type": "elementwise", "norm_topk_prob": True}

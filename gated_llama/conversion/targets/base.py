@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.folder import CONFIG_NAME, Checkpoint
-from gated_llama.conversion.families import FAMILIES, base_config
+from gated_llama.conversion.families import FAMILIES, GATED_TYPES, base_config
 from gated_llama.conversion.targets.target import Target, load_as, saved_config, without_gates
 from gated_llama.errors import UserError
 from gated_llama.gates import is_gate
@@ -21,7 +21,7 @@ def target(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
     if model_type not in FAMILIES:
         raise UserError(f"{where} names no family that it was converted from, so there is no base to go back to")
     _refuse_moved_gates(checkpoint, config)
-    head = config.architectures[0].removeprefix("GatedLlama")
+    head = config.architectures[0].removeprefix(GATED_TYPES[config.model_type].prefix)
     base_class = getattr(transformers, FAMILIES[model_type].prefix + head)
     base = base_config(model_type, config, base_class.__name__)
     return Target(

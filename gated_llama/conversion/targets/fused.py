@@ -16,11 +16,11 @@ from gated_llama.errors import UserError
 
 
 def require(config: GatedLlamaConfig, to: str, needs: dict[str, bool], folder: Path) -> None:
+    if config.architectures != ["GatedLlamaForCausalLM"]:
+        raise UserError(f"{folder} is a {config.architectures[0]}, and {to} is for dense causal language models")
     for name, needed in needs.items():
         if (value := getattr(config, name)) != needed:
             raise UserError(f"{folder} has {name} {value!r}, which {to} cannot express")
-    if config.architectures != ["GatedLlamaForCausalLM"]:
-        raise UserError(f"{folder} is a {config.architectures[0]}, and {to} is for causal language models")
     if "sliding_attention" in config.attention_types:
         raise UserError(f"{folder} has sliding-window layers, which {to} cannot express")
 

@@ -80,7 +80,7 @@ def target(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str | None = 
         f"biases of o_proj, which {ARCHITECTURE} has not": config.attention_out_bias,
         f"biases of its MLPs, which {ARCHITECTURE} has not": config.mlp_bias,
         f"the activation {config.hidden_act!r}, and {ARCHITECTURE} has silu": config.hidden_act != "silu",
-        f"the head {config.architectures[0]}, and a GGUF is a causal language model": (
+        f"the head {config.architectures[0]}, and the GGUF is a dense causal language model": (
             config.architectures != ["GatedLlamaForCausalLM"]
         ),
         f"RoPE of type {rope['rope_type']!r}, which the export does not know": (
