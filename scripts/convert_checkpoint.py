@@ -19,8 +19,9 @@ LINK = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a folder with safetensors weights, or the id of a Hub repository")
+    parser.add_argument("source", help="a folder with safetensors weights, a GGUF, or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
+    parser.add_argument("--gguf-file", metavar="NAME", help="of a folder or a Hub repository, the GGUF to convert")
     parser.add_argument("--source-id", metavar="ORG/NAME", help="the Hub id of a local source, for card and config")
     parser.add_argument(
         "--gate-type", choices=("headwise", "elementwise"), help="one gate a head (default) or one a channel"
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         args.source,
         args.output,
         revision=args.revision,
+        gguf_file=args.gguf_file,
         source_id=args.source_id,
         gate_type=args.gate_type,
         gate_scale=args.gate_scale,

@@ -27,8 +27,9 @@ PIPELINE_TAGS = {prefix + head: tag for prefix in ("GatedLlama", "GatedMoe") for
 AUTO_CLASSES = {prefix + head: auto for prefix in ("GatedLlama", "GatedMoe") for head, (auto, _) in HEADS.items()}
 FROM_BASE = ("license", "license_name", "license_link", "language")
 
-UNCHANGED = "The base model's weight files are unchanged, byte for byte; the gates are in `model-gates.safetensors`."
-REWRITTEN = "The weights were written anew; the gates are in `model-gates.safetensors`."
+APART = "The gates are in `model-gates.safetensors`."
+UNCHANGED = f"The base model's weight files are unchanged, byte for byte. {APART}"
+REWRITTEN = f"The weights were written anew. {APART}"
 UNTRAINED = "The gates have not been trained. On its own, adding gates changes neither quality nor attention sinks."
 
 NO_LINK = "#how-it-was-made"  # of a source that has no page on the Hub
@@ -78,13 +79,19 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         start="open (1: the model computes what it did without)" if result.gate_init == "open" else "random",
         gate_parameters=result.gate_parameters,
         other_parameters=result.other_parameters,
-        weights=UNCHANGED if result.carried_bytes else REWRITTEN,
+        weights=_weights(result),
         trained=UNTRAINED if result.source_layout == "plain" else "The gates are those of the source.",
         command=_command(result),
         verified=str(result.verification) if result.verification else "nothing (conversion with `--no-verify`)",
         library="transformers",
         auto_class=AUTO_CLASSES[architecture],
     )
+
+
+def _weights(result) -> str:
+    if result.gguf_file:
+        return f"The weights are those of `{result.gguf_file}`, quantized ({result.quantized}) and made dense. " + APART
+    return UNCHANGED if result.carried_bytes else REWRITTEN
 
 
 def _of_whole_model(architecture: str, **fields) -> ModelCardData:
@@ -118,6 +125,8 @@ def _command(result) -> str:
     words = ["gated-llama", "convert", result.source, Path(result.output).name, "--gate-type", result.gate_type]
     if result.revision:
         words += ["--revision", result.revision]
+    if result.gguf_file and result.gguf_file != result.source:
+        words += ["--gguf-file", result.gguf_file]
     if result.source_layout == "plain" and result.gate_scale != 2:
         words += ["--gate-scale", f"{result.gate_scale:g}"]
     if result.source_layout != "official" and result.gate_bias:

@@ -73,6 +73,8 @@ class Source:
     name: str  # Hub id, or the folder's name: a local path is nobody else's business
     revision: str | None  # commit on the Hub
     on_hub: bool
+    gguf_file: str | None = None  # that was made dense into the folder
+    quantized: str | None = None  # how its weights were
 
     @property
     def found_again_by(self) -> str:
@@ -219,6 +221,24 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Sourc
     except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(f"{source} is no local folder, and the Hub did not give it: {first_line(error)}") from error
     return Source(Path(path), str(source), Path(path).name, on_hub=True)
+
+
+def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
+    """
+    A file of a Hub repository in the Hub's cache, in the folder of its commit; downloaded if it is not there.
+
+    Raises:
+        UserError: it is not there, or the Hub cannot be asked.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
+        raise UserError(
+            f"{repository} is no local folder, and the Hub did not give its {name}: {first_line(error)}"
+        ) from error
 
 
 def _is_needed(name: str) -> bool:

@@ -50,6 +50,7 @@ from gated_llama.checkpoints.shards import (
 )
 from gated_llama.conversion import official
 from gated_llama.conversion.classes import load_model, shapes_of
+from gated_llama.conversion.dequantize import dequantized
 from gated_llama.conversion.families import GATED_TYPES, Origin, gate_settings, gated_config, recognise
 from gated_llama.conversion.tokenizer import Kept, keep_tokenizer
 from gated_llama.conversion.verify import Verification
@@ -82,6 +83,8 @@ class ConversionResult:
     carried_bytes: int = 0  # of shards that were carried over whole
     dtype: str | None = None  # if the weights were written in another
     max_shard_size: str | int | None = None
+    gguf_file: str | None = None  # that the source's weights were in
+    quantized: str | None = None  # how, before they were made dense
     carried: list[str] = field(default_factory=list)  # other files
     left_behind: list[str] = field(default_factory=list)
     tokenizer: str = "none"  # what became of it
@@ -96,6 +99,7 @@ def convert_checkpoint(
     output: str | os.PathLike,
     *,
     revision: str | None = None,
+    gguf_file: str | None = None,
     source_id: str | None = None,
     gate_type: str | None = None,
     gate_scale: float | None = None,
@@ -113,7 +117,9 @@ def convert_checkpoint(
 
     Args:
         source: a folder with safetensors weights, or a Hub id (then `revision` may name a branch, tag or commit).
-            Llama, Mistral, Qwen2 or Qwen3; the paper authors' gated Qwen3; or a gated checkpoint again.
+            Llama, Mistral, Qwen2, Qwen3, Mixtral or Qwen3-MoE; the paper authors' gated Qwen3; or a gated checkpoint
+            again. Or a GGUF of a Llama, Qwen2 or Qwen3, whose weights are made dense (bf16, or `dtype`).
+        gguf_file: of a folder or a Hub id, the GGUF in it to convert.
         output: the folder to write; it appears only when it is complete.
         source_id: of a local source, the Hub id under which others know it: card and config then name that.
         gate_type, gate_scale, gate_bias, gate_init: as in [`GatedLlamaConfig`]. None: what a gated source has, else
@@ -132,19 +138,42 @@ def convert_checkpoint(
     """
     if source_id is not None and not is_hub_id(source_id):
         raise UserError(f"{source_id!r} is no id of a Hub repository: give --source-id as ORG/NAME.")
-    if source_id is not None and not Path(source).is_dir():
+    if source_id is not None and not Path(source).exists():
         raise UserError(f"{source} is no local folder, which alone needs another name: leave --source-id out.")
     refuse_adapter(source)
-    found = find_source(source, revision)
-    refuse_nesting(found.folder, Path(output))
+    asked = {"gate_type": gate_type, "gate_scale": gate_scale, "gate_bias": gate_bias, "gate_init": gate_init}
+    written = None if dtype is None else _torch_dtype(dtype)
+    settings = {"max_shard_size": max_shard_size, "link": link, "verify": verify, "force": force, "progress": progress}
+    if gguf_file is None and Path(source).suffix != ".gguf":
+        found = find_source(source, revision)
+        refuse_nesting(found.folder, Path(output))
+        return _convert(found, output, source_id, asked, written, **settings)
+    if link:
+        raise UserError("a GGUF has no weights to link to: leave --link out.")
+    with dequantized(source, gguf_file, revision, Path(output), written or torch.bfloat16) as found:
+        return _convert(found, output, source_id, asked, written, **settings)
+
+
+def _convert(
+    found: Source,
+    output: str | os.PathLike,
+    source_id: str | None,
+    asked: dict,
+    dtype: torch.dtype | None,
+    *,
+    max_shard_size: str | int | None,
+    link: bool,
+    verify: bool | None,
+    force: bool,
+    progress: bool,
+) -> ConversionResult:
     checkpoint = read_checkpoint(found.folder)
     where = str(checkpoint.folder / CONFIG_NAME)
     origin = recognise(checkpoint.config, where)
-    asked = {"gate_type": gate_type, "gate_scale": gate_scale, "gate_bias": gate_bias, "gate_init": gate_init}
     settings = gate_settings(origin, asked, where)
     config = gated_config(origin, settings, where=where)
     if dtype is not None:
-        config.dtype = _torch_dtype(dtype)
+        config.dtype = dtype
     plans = _plans(checkpoint, origin, config, None if dtype is None else DTYPE_NAMES[config.dtype])
     if max_shard_size is not None:
         plans = split_by_size(plans, _bytes(max_shard_size), keep=GATES_NAME)
@@ -161,8 +190,10 @@ def convert_checkpoint(
         **settings,
         gate_parameters=gates,
         other_parameters=sum(sizes.values()) - gates,
-        dtype=dtype,
+        dtype=dtype and str(dtype).removeprefix("torch."),
         max_shard_size=max_shard_size,
+        gguf_file=found.gguf_file,
+        quantized=found.quantized,
         carried=checkpoint.carried,
         left_behind=checkpoint.left_behind,
     )
@@ -200,6 +231,7 @@ def _record(result: ConversionResult, origin: Origin, kept: Kept) -> dict:
         **{name: getattr(result, name) for name in names},
         **({"tokenizer_class": kept.class_before} if kept.renamed else earlier_class),
         "source_model_type": earlier.get("source_model_type", origin.model_type),
+        **({name: getattr(result, name) for name in ("gguf_file", "quantized")} if result.gguf_file else {}),
         "gated_llama_version": __version__,
         "verification": result.verification and asdict(result.verification),
     }

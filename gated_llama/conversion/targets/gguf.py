@@ -225,7 +225,7 @@ def _planned(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str) -> Ite
             yield one(name, "model.embed_tokens.weight")
     rope = config.rope_parameters
     if rope["rope_type"] == "llama3":
-        yield "rope_freqs.weight", (config.head_dim // 2,), "F32", partial(_llama3_factors, config)
+        yield "rope_freqs.weight", (config.head_dim // 2,), "F32", partial(llama3_factors, config)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         fused = f"{prefix}self_attn.q_proj.bias" in checkpoint.tensors
@@ -237,7 +237,7 @@ def _planned(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str) -> Ite
                 yield one(f"blk.{layer}.{name}", prefix + key, scale=scale)
 
 
-def _llama3_factors(config: GatedLlamaConfig) -> torch.Tensor:
+def llama3_factors(config: GatedLlamaConfig) -> torch.Tensor:
     """By how much each frequency is divided (H/2), as Transformers' `_compute_llama3_parameters` divides them."""
     rope, size = config.rope_parameters, config.head_dim
     frequencies = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
