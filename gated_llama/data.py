@@ -16,6 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from gated_llama.errors import UserError, first_line
 
 
+PASSAGE = 96  # tokens that come back as a whole
+
+
 @dataclass(frozen=True)
 class Document:
     """A text, or the messages of a conversation, and where it came from."""
@@ -191,6 +194,18 @@ def cut_windows(tokens: torch.Tensor, count: int, length: int, seed: int | str) 
     drawn = random.Random(seed)
     starts = [drawn.randrange(len(tokens) - length) for _ in range(count)]
     return torch.stack([tokens[start : start + length] for start in starts])
+
+
+def with_returns(windows: torch.Tensor, seed: int | str) -> torch.Tensor:
+    """
+    Windows (B, T) in whose second half the passages of the first come back, in another order: what comes next there
+    stood far back.
+    """
+    drawn, half = random.Random(seed), windows.shape[1] // 2
+    passages = windows[:, :half].split(PASSAGE, dim=1)
+    orders = (drawn.sample(passages, len(passages)) for _ in windows)
+    again = [torch.cat([passage[row] for passage in order]) for row, order in enumerate(orders)]
+    return torch.cat([windows[:, :-half], torch.stack(again)], dim=1)
 
 
 def begun(windows: torch.Tensor, beginnings: Sequence[int]) -> torch.Tensor:

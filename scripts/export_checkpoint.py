@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     elif not args.quiet:
         print(f"{result.source} -> {result.output} ({result.architecture})")
         print(f"  verified  {result.verification or 'no'}")
+        if result.note:
+            print(f"  note      {result.note}")
         if result.in_own_dtype:
             print(f"  measured  {result.in_own_dtype}")
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Qwen3_5ForCausalLM
 
 import modeling_gated
 from gated_llama import UserError, VerificationError, convert_checkpoint, export_checkpoint
-from tiny import VARIANTS, gated_model, published, source_model, tiny_tokenizer, token_ids
+from gated_llama.conversion.targets.qwen3_5 import LARGE
+from tiny import LLAMA3_ROPE, VARIANTS, gated_model, published, source_model, tiny_tokenizer, token_ids
 
 
 def weights(folder):
@@ -103,17 +104,20 @@ def trained(folder, *, dtype=torch.float32, **fields):
 
 
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [True, False], ids=["QK norm", "padded"])
 @pytest.mark.parametrize("gate_type", ["headwise", "elementwise"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_to_qwen3_5_runs_without_our_code(tmp_path, run_python, dtype, gate_type, bias):
-    fields = {"gate_type": gate_type, "use_qk_norm": True, "head_dim": 8, "attention_bias": bias, "gate_bias": bias}
+def test_to_qwen3_5_runs_without_our_code(tmp_path, run_python, dtype, gate_type, norm, bias):
+    fields = {"gate_type": gate_type, "use_qk_norm": norm, "head_dim": 8, "attention_bias": bias, "gate_bias": bias}
     trained(tmp_path / "gated", dtype=dtype, **fields)
     result = export_checkpoint(tmp_path / "gated", tmp_path / "qwen", to="qwen3_5", progress=False)
     # fp32: σ and o_proj take the factor 2 in another order only; headwise gates come from wider products
     assert result.verification.dtype == "float32"
     assert result.verification.max_difference <= result.verification.bound < 1e-3
     assert (result.in_own_dtype is None) == (dtype == torch.float32)
+    assert (result.note is None) == norm
     exported = Qwen3_5ForCausalLM.from_pretrained(tmp_path / "qwen", dtype=torch.float32)
+    assert exported.config.head_dim == (8 if norm else 16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gated", dtype=torch.float32)  # float() keeps bf16 angles
     with torch.no_grad():
         torch.testing.assert_close(exported(token_ids()).logits, model(token_ids()).logits, rtol=1e-4, atol=1e-4)
@@ -132,7 +136,7 @@ def test_to_qwen3_5_runs_without_our_code(tmp_path, run_python, dtype, gate_type
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "use_qk_norm False"),
+        ({"dtype": torch.float16}, "no QK norm, and float16"),
         ({"use_qk_norm": True, "mlp_bias": True}, "mlp_bias True"),
         ({"use_qk_norm": True, "sliding_window": 5}, "sliding-window"),
         ({"use_qk_norm": True, "gate_strength": 0.5}, "gate_strength 0.5, which no other format can express"),
@@ -143,6 +147,18 @@ def test_what_qwen3_5_cannot_express_is_refused(tmp_path, fields, message):
     with pytest.raises(UserError, match=message):
         export_checkpoint(tmp_path / "gated", tmp_path / "qwen", to="qwen3_5", progress=False)
     assert not (tmp_path / "qwen").exists()
+
+
+@pytest.mark.parametrize("rope", [LLAMA3_ROPE, {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}], ids=str)
+@pytest.mark.parametrize("head_dim", [6, 22])  # 14 = 9 + 4 + 1, 22 = 9 + 9 + 4, 30 = 25 + 4 + 1 are sums of squares
+def test_padded_heads_of_odd_sizes_and_with_scaled_rope(tmp_path, head_dim, rope):
+    model = trained(tmp_path / "gated", head_dim=head_dim, rope_parameters=rope)
+    export_checkpoint(tmp_path / "gated", tmp_path / "qwen", to="qwen3_5", progress=False)
+    exported = Qwen3_5ForCausalLM.from_pretrained(tmp_path / "qwen").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(token_ids()).logits, model(token_ids()).logits, rtol=1e-4, atol=1e-4)
+    norm = exported.model.layers[0].self_attn.k_norm.weight
+    assert norm[:head_dim].eq(LARGE - 1).all() and norm[head_dim:].eq(-1).all()
 
 
 @torch.no_grad()
@@ -285,11 +301,11 @@ def test_biases_that_the_layout_has_and_the_model_has_not_are_zero(tmp_path, to,
 
 # The table of the README: family -> the formats that can express it with open and with trained gates.
 CAN = {
-    "llama": ({"base", "official"}, {"official"}),
+    "llama": ({"base", "official", "qwen3_5"}, {"official", "qwen3_5"}),
     "llama-biases": ({"base"}, set()),  # a bias in the MLP
     "mistral": ({"base"}, set()),  # sliding
-    "mistral-full": ({"base", "official"}, {"official"}),
-    "qwen2": ({"base", "official"}, {"official"}),
+    "mistral-full": ({"base", "official", "qwen3_5"}, {"official", "qwen3_5"}),
+    "qwen2": ({"base", "official", "qwen3_5"}, {"official", "qwen3_5"}),
     "qwen3": ({"base", "official", "qwen3_5"}, {"official", "qwen3_5"}),
     "qwen3-sliding": ({"base"}, set()),
 }

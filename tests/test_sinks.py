@@ -10,11 +10,13 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 
-from gated_llama import gated_lora_config
-from gated_llama.errors import UserError
+from gated_llama import DesinkSettings, desink_checkpoint, gated_lora_config
+from gated_llama.data import PASSAGE, with_returns
+from gated_llama.errors import UserError, VerificationError
 from gated_llama.inspection.attention import capture_attention
 from gated_llama.inspection.quantization import quantized
 from gated_llama.scripts.cli import main
+from gated_llama.sinks import recipe
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, last_tokens, losses
 from gated_llama.sinks.layers import Lengths, sink_tokens, state_lengths
@@ -453,23 +455,49 @@ def test_a_budget_that_is_not_kept_leaves_nothing(plain, capsys, monkeypatch):
     assert not (plain / "none").exists() and not list(plain.glob(".*")) and not list(plain.glob("none*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "what"), [("far", "behind the rows' length"), ("recalled", "of passages that come back")]
+)
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
-def test_a_model_that_forgot_to_look_back_is_not_returned(plain, capsys, monkeypatch):
-    """Held-out rows are as they were; what lies behind their length in longer texts is not."""
-    from gated_llama.sinks import recipe
+def test_a_model_that_forgot_to_look_back_is_not_returned(plain, monkeypatch, name, what):
+    """Held-out rows are as they were; what lies behind their length in longer texts is not, or what comes back."""
+    real, asked = recipe.Windows.judge, []
 
-    asked = []
+    def judge(self, model, **settings):
+        asked.append((self.far.shape[1], self.recalled.shape[1]))
+        found = real(self, model, **settings)
+        return replace(found, **{name: getattr(found, name) + (len(asked) > 1)})
 
-    def far_loss(self, model):
-        asked.append(self.far.shape)
-        return 2.0 + 0.1 * (len(asked) == 2)
-
-    monkeypatch.setattr(recipe.Windows, "far_loss", far_loss)
+    monkeypatch.setattr(recipe.Windows, "judge", judge)
     monkeypatch.setattr(recipe, "distil", lambda *args, **kwargs: [])
-    arguments = [str(plain / "plain"), str(plain / "far"), "--text", str(plain / "text.jsonl"), *SMALL, "--calm-only"]
-    assert main(["desink", *arguments]) == 1
-    assert "of texts four times as long as the rows the loss rose from 2.0000 to 2.1000" in capsys.readouterr().err
-    assert len(asked) == 2 and asked[0][1] > 128 and not list(plain.glob("far*"))
+    told = []
+    settings = DesinkSettings(calm_only=True, calm_tokens=512, move_tokens=2048, length=128)
+    with pytest.raises(VerificationError, match="every step cost more"):
+        desink_checkpoint(
+            plain / "plain", [plain / "text.jsonl"], plain / "far", settings, progress=False, announce=told.append
+        )
+    assert f"calmed was undone: the loss {what} rose" in told[-1]
+    assert asked[0][0] > 128 and asked[0][1] == 256 and not list(plain.glob("far*"))
+
+
+def test_passages_come_back_in_another_order():
+    windows = torch.arange(2 * (2 * PASSAGE + 9)).repeat(3, 1)
+    half = windows.shape[1] // 2
+    again = with_returns(windows, 0)
+    assert torch.equal(again[:, :half], windows[:, :half])
+    firsts = [0, PASSAGE, 2 * PASSAGE]
+    for row in again[:, half:]:
+        starts = [place for place, token in enumerate(row.tolist()) if token in firsts]
+        found = [part.tolist() for part in row.tensor_split(starts[1:])]
+        assert sorted(found) == [part.tolist() for part in windows[0, :half].split(PASSAGE)]
+    assert len({tuple(row.tolist()) for row in again}) > 1
+
+
+def test_half_of_what_is_fitted_on_has_passages_that_come_back(plain):
+    windows = recipe.Windows(tiny_tokenizer(), [str(plain / "text.jsonl")], DesinkSettings(length=128), False)
+    rows = windows.cut(8 * 128, "some")
+    assert all(row[0] in windows.beginnings for row in rows[::2])
+    assert [torch.equal(row[64:], row[:64]) for row in rows[1::2]] == [False, True, False, True]  # one passage
 
 
 def test_the_command_refuses_in_a_sentence(plain, capsys):

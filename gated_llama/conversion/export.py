@@ -43,6 +43,7 @@ class ExportResult:
     to: str
     architecture: str
     verification: Verification | None = None
+    note: str | None = None  # what one should know of it
     in_own_dtype: Verification | None = None  # where `verification` is in fp32 and the checkpoint is not
 
     def to_json(self) -> str:
@@ -116,7 +117,7 @@ def export_checkpoint(
         if target.config:  # last: without it nothing loads
             (folder / CONFIG_NAME).write_text(json.dumps(target.config, indent=2) + "\n", encoding="utf-8")
     architecture = target.config["architectures"][0] if target.config else to
-    return ExportResult(str(output), found.name, to, architecture, in_fp32, in_own)
+    return ExportResult(str(output), found.name, to, architecture, in_fp32, target.note, in_own)
 
 
 def _write_checkpoint(

@@ -16,7 +16,7 @@ from gated_llama.inspection.attention import decoder_layers, layer_states
 from gated_llama.inspection.collectors import MASSIVE
 
 
-BLOCK = 2**24  # attention logits held at once
+BLOCK = 2**21  # attention logits held at once, so few that the next pass over them finds them in the cache
 
 
 @dataclass
@@ -46,17 +46,22 @@ def attend(layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, .
     batch, heads, tokens, _ = queries.shape
     groups, window = attention.num_key_value_groups, attention.sliding_window
     keys = keys.repeat_interleave(groups, 1).transpose(2, 3)  # (B, N, H, T)
+    queries_scaled = queries * attention.scaling
     repeated = values.transpose(1, 2).repeat_interleave(groups, 1)  # (B, N, T, H)
+    counted = torch.stack([torch.ones_like(sinks), ~sinks], 2)[:, None].expand(-1, heads, -1, -1)  # (B, N, T, 2)
+    summed = torch.cat([repeated, counted.to(repeated)], 3)  # (B, N, T, H + 2): values, all keys, the others
     places = torch.arange(tokens, device=states.device)
     others, logits, outputs = [], [], []
     for block in places.split(max(1, BLOCK // (batch * heads * tokens))):
-        distance = block[:, None] - places
-        unseen = (distance < 0) | (distance >= (window or tokens))  # (b, T)
-        scores = (queries[:, :, block] @ keys * attention.scaling).masked_fill(unseen, float("-inf"))
-        total = scores.logsumexp(3)  # (B, N, b)
-        outputs.append((scores - total[..., None]).exp() @ repeated)  # (B, N, b, H)
-        logits.append(scores.masked_fill(sinks[:, None, None], float("-inf")).logsumexp(3))
-        others.append((logits[-1] - total).exp())
+        end = block[-1] + 1  # of the keys that it sees
+        distance = block[:, None] - places[:end]
+        unseen = (distance < 0) | (distance >= (window or tokens))  # (b, S)
+        scores = (queries_scaled[:, :, block] @ keys[..., :end]).masked_fill_(unseen, float("-inf"))
+        largest = scores.amax(3, keepdim=True)  # (B, N, b, 1)
+        *sums, total, rest = (scores.sub_(largest).exp_() @ summed[:, :, :end]).split([values.shape[3], 1, 1], 3)
+        outputs.append(sums[0] / total)
+        others.append((rest / total).squeeze(3))
+        logits.append((largest + rest.log()).squeeze(3))
     joined = (torch.cat(parts, dim=2).transpose(1, 2) for parts in (others, logits, outputs))  # -> (B, T, N, …)
     return Attended(states, queries.transpose(1, 2), values, *joined)
 

@@ -37,7 +37,6 @@ class DesinkResult:
     text: str
     before: Judgement
     steps: list[Step]
-    far_loss: tuple[float, float]  # before and after, of what lies behind a row's length in longer texts
     sliding: Sliding | None = None
 
     @property
@@ -49,7 +48,6 @@ class DesinkResult:
         """Of what `to_json()` wrote."""
         steps = [Step(**step | {"judgement": Judgement(**step["judgement"])}) for step in fields["steps"]]
         sliding = fields["sliding"] and Sliding(**fields["sliding"])
-        fields = fields | {"far_loss": tuple(fields["far_loss"])}
         return cls(**fields | {"before": Judgement(**fields["before"]), "steps": steps, "sliding": sliding})
 
     def to_json(self) -> str:
@@ -60,6 +58,8 @@ class DesinkResult:
         one, other = self.before, self.after
         shown = [
             ("loss on held-out text, nats", "{:.4f}", lambda j: j.loss),
+            ("… of longer texts, behind the rows' length", "{:.4f}", lambda j: j.far),
+            ("… of passages that come back", "{:.4f}", lambda j: j.recalled),
             ("attention to the first token", "{:.3f}", lambda j: j.first_token),
             ("attention to the most attended key", "{:.3f}", lambda j: j.most_attended),
             ("heads and windows with a sink", "{:.1%}", lambda j: j.sink_rate),
@@ -69,7 +69,6 @@ class DesinkResult:
             (f"last {LATER} tokens and the first, cost", "{:+.3f}", lambda j: j.short_window_and_first),
         ]
         rows = [(name, form.format(value(one)), form.format(value(other))) for name, form, value in shown]
-        rows.insert(1, ("… of texts longer than the rows, behind those", *map("{:.4f}".format, self.far_loss)))
         if long := self.sliding:
             rows += [
                 (f"loss of {4 * long.window:,} tokens", f"{long.base:.4f}", f"{long.edited:.4f}"),
@@ -86,5 +85,6 @@ class DesinkResult:
         return (
             f"attention to sinks {one.most_attended:.3f} -> {other.most_attended:.3f}, sink rate {one.sink_rate:.1%}"
             f" -> {other.sink_rate:.1%}, largest activation {one.m_act:,.0f} -> {other.m_act:,.0f}, "
-            f"loss {other.loss / one.loss - 1:+.2%}"
+            f"loss {other.loss / one.loss - 1:+.2%}, far behind {other.far / one.far - 1:+.2%}, "
+            f"of what comes back {other.recalled - one.recalled:+.3f} nats"
         )

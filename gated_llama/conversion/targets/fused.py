@@ -35,14 +35,16 @@ def fused_plans(
     config: GatedLlamaConfig,
     fuse: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     rows: int,
+    *,
+    biased: bool,
 ) -> dict[str, TensorPlan]:
     """q_proj takes the gate's rows in, and o_proj the gate's scale (which a σ of its own does not have)."""
     plans = without_gates(checkpoint)
     for key in [key for key in plans if key.endswith(".q_proj.weight")]:
         attention, file = key.removesuffix("q_proj.weight"), plans[key].info.file
-        for kind in ("weight", "bias") if has_bias(config) else ("weight",):
+        for kind in ("weight", "bias") if biased else ("weight",):
             plans[f"{attention}q_proj.{kind}"] = _fused(checkpoint, attention, kind, file, fuse, rows)
-        for name in ("k_proj", "v_proj", "o_proj") if has_bias(config) else ():
+        for name in ("k_proj", "v_proj", "o_proj") if biased else ():
             weight = checkpoint.tensors[f"{attention}{name}.weight"]
             zero = replace(weight, file=file, shape=weight.shape[:1])
             plans.setdefault(f"{attention}{name}.bias", TensorPlan(zero, make=partial(torch.zeros, zero.shape)))

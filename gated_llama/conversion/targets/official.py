@@ -22,7 +22,7 @@ from gated_llama.conversion.targets.target import Target, load_as, saved_config
 def target(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
     require(config, "official", {"mlp_bias": False}, checkpoint.folder)
     fuse = partial(official.fuse, config=config)
-    plans = fused_plans(checkpoint, config, fuse, official.fused_rows(config))
+    plans = fused_plans(checkpoint, config, fuse, official.fused_rows(config), biased=has_bias(config))
     saved = saved_config(base_config("qwen3", config, "Qwen3ForCausalLM"))
     rope = saved.pop("rope_parameters")
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}

@@ -27,6 +27,7 @@ class Target:
         load: of the folder and a dtype, the model to compare.
         expect: what the comparison must find, see `gated_llama.conversion.verify`.
         write: into a folder, with or without a progress bar.
+        note: what whoever exports should know.
     """
 
     config: dict | None
@@ -34,6 +35,7 @@ class Target:
     load: Callable[[Path, torch.dtype | None], PreTrainedModel]
     expect: str
     gates_added: bool = False
+    note: str | None = None
     write: Callable[[Path, bool], None] | None = None
 
 
