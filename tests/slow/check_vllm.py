@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import modeling_gated
+import modeling_gated_moe
 from engines import record
 from gated_llama import export_checkpoint
 from tiny import gated_model, published
@@ -114,6 +115,21 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, gate_type, kind, way,
     assert "self_attn.attn_gate.proj" in result["MODULES"]
     assert any("qkv" in name for name in result["MODULES"]) and "self_attn.q_proj" not in result["MODULES"]
     record("vLLM", f"{kind}; {gate_type}; {way}; TP {tp}", "greedy tokens equal Transformers'; q, k, v fused", VLLM)
+
+
+@pytest.mark.parametrize("way", ["plugin", "remote code"])
+@pytest.mark.parametrize("moe_type", ["qwen3_moe", "mixtral"])
+def test_mixtures_of_experts(tmp_path, moe_type, way):
+    fields = {"moe_type": moe_type, "use_qk_norm": moe_type == "qwen3_moe", "norm_topk_prob": True}
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32}
+    model = gated_model(modeling_gated_moe.GatedMoeForCausalLM, **SHAPE | sizes | fields)
+    expected = greedy(model)
+    folder = published(tmp_path / "gated", model, old_style=False, tokenizer=True)
+    model.set_gate_strength(0)
+    assert greedy(model) != expected  # control
+    result = served(folder, plugin=way == "plugin", trust_remote_code=way == "remote code")
+    assert result["RESULT"] == expected
+    record("vLLM", f"experts of {moe_type}; headwise; {way}; TP 1", "greedy tokens equal Transformers'", VLLM)
 
 
 @pytest.mark.parametrize("gate_type", ["headwise", "elementwise"])
