@@ -15,6 +15,9 @@ from gated_llama.conversion.targets.qwen3_5 import LARGE
 from tiny import LLAMA3_ROPE, VARIANTS, gated_model, published, source_model, tiny_tokenizer, token_ids
 
 
+MIXED = ["full_attention", "sliding_attention", "full_attention"]
+
+
 def weights(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
 
@@ -159,6 +162,34 @@ def test_padded_heads_of_odd_sizes_and_with_scaled_rope(tmp_path, head_dim, rope
         torch.testing.assert_close(exported(token_ids()).logits, model(token_ids()).logits, rtol=1e-4, atol=1e-4)
     norm = exported.model.layers[0].self_attn.k_norm.weight
     assert norm[:head_dim].eq(LARGE - 1).all() and norm[head_dim:].eq(-1).all()
+
+
+@pytest.mark.parametrize("fields", [{}, {"sliding_window": 5}, {"layer_types": MIXED, "sliding_window": 4}], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_to_lfm3_runs_without_our_code(tmp_path, fields, bias):
+    model = trained(tmp_path / "gated", use_qk_norm=True, head_dim=8, attention_bias=bias, **fields)
+    result = export_checkpoint(tmp_path / "gated", tmp_path / "lfm3", to="lfm3", progress=False)
+    assert result.verification.max_difference <= result.verification.bound < 1e-3
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "lfm3")
+    assert type(exported).__name__ == "Lfm3ForCausalLM"
+    with torch.no_grad():
+        torch.testing.assert_close(exported(token_ids()).logits, model(token_ids()).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "no QK norm"),
+        ({"use_qk_norm": True, "gate_type": "elementwise"}, "elementwise gates"),
+        ({"use_qk_norm": True, "gate_bias": True}, "biases of gates or MLPs"),
+        ({"use_qk_norm": True, "attention_bias": True, "attention_out_bias": False}, "and not of o"),
+        ({"use_qk_norm": True, "rope_parameters": LLAMA3_ROPE}, "RoPE of type 'llama3'"),
+    ],
+)
+def test_what_lfm3_cannot_express_is_refused(tmp_path, fields, message):
+    trained(tmp_path / "gated", **fields)
+    with pytest.raises(UserError, match=message):
+        export_checkpoint(tmp_path / "gated", tmp_path / "lfm3", to="lfm3", progress=False)
 
 
 @torch.no_grad()
@@ -323,7 +354,8 @@ def test_what_can_be_exported_to_what_and_proposals_hold(tmp_path, variant, gate
                 parameter.normal_(0.0, 0.3)
     model.save_pretrained(tmp_path / "trained")
     for name, can in zip(("open", "trained"), CAN[variant], strict=True):
-        for to in ("base", "qwen3_5", "official"):
+        can = can | {"lfm3"} if variant.startswith("qwen3") and gate_type == "headwise" else can
+        for to in ("base", "qwen3_5", "official", "lfm3"):
             if to in can:
                 export_checkpoint(tmp_path / name, tmp_path / f"{name}-{to}", to=to, progress=False)
                 continue

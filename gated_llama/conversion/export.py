@@ -62,7 +62,7 @@ def export_checkpoint(
     progress: bool = True,
 ) -> ExportResult:
     """
-    Write the gated checkpoint `source` to the folder `output` as `to`: `"base"`, `"qwen3_5"`, `"official"` or `"gguf"`.
+    Write the gated checkpoint `source` to the folder `output` as `to`, one of `TARGETS`.
 
     Args:
         gguf_type: `"f32"`, `"f16"`, `"bf16"` or `"q8_0"`, of a GGUF's weights; as in `source` if None.
