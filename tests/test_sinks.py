@@ -4,11 +4,13 @@
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gated_llama import DesinkSettings, desink_checkpoint, gated_lora_config
 from gated_llama.data import PASSAGE, with_returns
@@ -19,7 +21,7 @@ from gated_llama.scripts.cli import main
 from gated_llama.sinks import recipe
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, last_tokens, losses
-from gated_llama.sinks.layers import Lengths, sink_tokens, state_lengths
+from gated_llama.sinks.layers import Lengths, attend, rotary_of, sink_tokens, state_lengths
 from gated_llama.sinks.move import MoveSettings, _LayerEdit, add_biases, move_sinks
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, published, source_model, tiny_tokenizer, token_ids
@@ -355,6 +357,39 @@ def test_last_tokens_and_the_first():
     assert last_tokens(4, 2, and_first=True).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 5.0], ids=["usual", "sinks far above the others"])
+@pytest.mark.parametrize("window", [None, 6])
+def test_attention_around_sinks_is_the_plain_one(window, scale):
+    model = gated_model(GatedLlamaForCausalLM, sliding_window=window)
+    layer = model.model.layers[1]
+    layer.input_layernorm.weight.mul_(scale)
+    states = torch.randn(2, TOKENS, 36, generator=torch.Generator().manual_seed(0))
+    sinks = torch.zeros(2, TOKENS, dtype=torch.bool)
+    sinks[:, 0] = sinks[1, 5] = True
+    rotary = rotary_of(model, states)
+    found = attend(layer, states, rotary, sinks)
+    layer.double()
+    attention, read = layer.self_attn, layer.input_layernorm(states.double())
+    queries, keys, values = (
+        linear(read).unflatten(2, (-1, 6)).transpose(1, 2)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    queries, keys = apply_rotary_pos_emb(queries, keys, *(table.double() for table in rotary))
+    keys, values = (x.repeat_interleave(3, 1) for x in (keys, values))
+    seen = last_tokens(TOKENS, window or TOKENS)
+    logits = (queries @ keys.mT / 6**0.5).masked_fill(~seen, float("-inf"))
+    of_others = logits.masked_fill(sinks[:, None, None], float("-inf")).logsumexp(3)
+    weights = logits.softmax(3)
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4, check_dtype=False)
+    close(found.outputs.transpose(1, 2), weights @ values)
+    close(found.others.transpose(1, 2), (of_others - logits.logsumexp(3)).exp())
+    met = of_others.isfinite()  # the first query meets its own sink alone
+    assert scale == 1 or (logits.logsumexp(3) - of_others)[met].max() > 50
+    close(found.logits.transpose(1, 2)[met], of_others[met])
+    assert not met[:, :, 0].any() and met[:, :, 1:].all() and found.others[:, 0].lt(1e-30).all()
+
+
 SMALL = ["--calm-tokens", "512", "--move-tokens", "2048", "--heal-tokens", "256", "--length", "128", "--quiet"]
 
 
@@ -481,7 +516,7 @@ def test_a_model_that_forgot_to_look_back_is_not_returned(plain, monkeypatch, na
 
 
 def test_passages_come_back_in_another_order():
-    windows = torch.arange(2 * (2 * PASSAGE + 9)).repeat(3, 1)
+    windows = torch.arange(2 * (2 * PASSAGE + 9)).repeat(6, 1)
     half = windows.shape[1] // 2
     again = with_returns(windows, 0)
     assert torch.equal(again[:, :half], windows[:, :half])

@@ -17,6 +17,7 @@ from gated_llama.inspection.collectors import MASSIVE
 
 
 BLOCK = 2**21  # attention logits held at once, so few that the next pass over them finds them in the cache
+HIGHEST = 70.0  # the largest weight's logarithm: a sink may be so far above the others that from 0 on nothing was left
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Attended:
     queries: torch.Tensor  # (B, T, N, H), rotated
     values: torch.Tensor  # (B, T, K, H)
     others: torch.Tensor  # (B, T, N)
-    logits: torch.Tensor  # (B, T, N): log Σ exp over the others' logits
+    logits: torch.Tensor  # (B, T, N): log Σ exp over the others' logits; where there are none, far below
     outputs: torch.Tensor  # (B, T, N, H)
 
 
@@ -46,7 +47,7 @@ def attend(layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, .
     batch, heads, tokens, _ = queries.shape
     groups, window = attention.num_key_value_groups, attention.sliding_window
     keys = keys.repeat_interleave(groups, 1).transpose(2, 3)  # (B, N, H, T)
-    queries_scaled = queries * attention.scaling
+    scaled = queries * attention.scaling
     repeated = values.transpose(1, 2).repeat_interleave(groups, 1)  # (B, N, T, H)
     counted = torch.stack([torch.ones_like(sinks), ~sinks], 2)[:, None].expand(-1, heads, -1, -1)  # (B, N, T, 2)
     summed = torch.cat([repeated, counted.to(repeated)], 3)  # (B, N, T, H + 2): values, all keys, the others
@@ -56,12 +57,12 @@ def attend(layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, .
         end = block[-1] + 1  # of the keys that it sees
         distance = block[:, None] - places[:end]
         unseen = (distance < 0) | (distance >= (window or tokens))  # (b, S)
-        scores = (queries_scaled[:, :, block] @ keys[..., :end]).masked_fill_(unseen, float("-inf"))
-        largest = scores.amax(3, keepdim=True)  # (B, N, b, 1)
-        *sums, total, rest = (scores.sub_(largest).exp_() @ summed[:, :, :end]).split([values.shape[3], 1, 1], 3)
-        outputs.append(sums[0] / total)
+        scores = (scaled[:, :, block] @ keys[..., :end]).masked_fill_(unseen, float("-inf"))
+        least = scores.amax(3, keepdim=True) - HIGHEST  # (B, N, b, 1)
+        sums, total, rest = (scores.sub_(least).exp_() @ summed[:, :, :end]).split([values.shape[3], 1, 1], 3)
+        outputs.append(sums / total)
         others.append((rest / total).squeeze(3))
-        logits.append((largest + rest.log()).squeeze(3))
+        logits.append((least + rest.clamp_min(torch.finfo(rest.dtype).tiny).log()).squeeze(3))
     joined = (torch.cat(parts, dim=2).transpose(1, 2) for parts in (others, logits, outputs))  # -> (B, T, N, …)
     return Attended(states, queries.transpose(1, 2), values, *joined)
 
