@@ -43,6 +43,8 @@ def is_adapter(folder: str | os.PathLike) -> bool:
 
 def refuse_adapter(source: str | os.PathLike) -> None:
     """
+    Check that `source` is not just an adapter.
+
     Raises:
         UserError: `source` is an adapter, with no weights of a model beside it, where a whole checkpoint is needed.
     """
@@ -144,6 +146,8 @@ def load(
 
 def load_tokenizer(source: str | os.PathLike, revision: str | None = None) -> PreTrainedTokenizerBase:
     """
+    Load the tokenizer at `source`.
+
     Raises:
         UserError: there is no tokenizer at `source`.
     """

@@ -136,6 +136,8 @@ def readable(size: int) -> str:
 
 def check_repository(repository: str) -> None:
     """
+    Check that a repository has a valid name.
+
     Raises:
         UserError: it is no name that a repository can have, with its owner.
     """
@@ -198,7 +200,7 @@ def check_loads(folder: str | os.PathLike, *, trust_remote_code: bool = False) -
 
 
 def _adapter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Of the tensors that the adapter's file must hold."""
+    """Names and shapes of the tensors that the adapter's file must hold."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
     from gated_llama.loading import base_of

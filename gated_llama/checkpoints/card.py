@@ -62,6 +62,8 @@ def _link(hub_id: str) -> str:
 
 def conversion_card(result, source: Source, source_folder: Path, architecture: str) -> str:
     """
+    The card of a converted checkpoint.
+
     Args:
         result: the [`ConversionResult`] to describe.
         source_folder: where a README.md may name the base model's licence.
@@ -144,6 +146,8 @@ def _command(result) -> str:
 
 def finetuning_card(result, way, source: Source, config: GatedLlamaConfig, asked: dict) -> str:
     """
+    The card of a fine-tuned checkpoint or adapter.
+
     Args:
         result: the [`FinetuneResult`] to describe.
         way: the [`Way`] in which it was trained.
@@ -197,14 +201,14 @@ def _option(name: str, value) -> list[str]:
 
 
 def _without_folders(value):
-    """Of data on this machine its name: a local path is nobody else's business."""
+    """Replace local paths by file names, since a card is read by others."""
     if not isinstance(value, (list, tuple)):
         return value
     return [Path(entry).name if Path(entry).exists() else entry for entry in value]
 
 
 def saved_card(config: GatedLlamaConfig, folder: Path) -> str:
-    """Of a checkpoint that has none, as `save_pretrained` leaves it: what its config tells."""
+    """A card for a checkpoint that has none (after `save_pretrained`), from its config."""
     architecture = config.architectures[0]
     base = {"base_model": config.conversion["source"]} if config.conversion else {}
     card_data = _of_whole_model(architecture, **base)
@@ -220,7 +224,7 @@ def saved_card(config: GatedLlamaConfig, folder: Path) -> str:
 
 
 def merged_card(config: GatedLlamaConfig, base: Source, adapter: Path, output: Path) -> str:
-    """Of what an adapter and its base became; how the adapter was trained, its own card tells."""
+    """The card of an adapter merged into its base. How the adapter was trained is told by its own card."""
     architecture = config.architectures[0]
     card_data = _of_whole_model(architecture, base_model=base.name, **_base_card_fields(base.folder))
     return _card(
@@ -239,6 +243,8 @@ def merged_card(config: GatedLlamaConfig, base: Source, adapter: Path, output: P
 
 def desinking_card(result, source: Source, config: GatedLlamaConfig, asked: dict, text: list[str]) -> str:
     """
+    The card of a checkpoint whose sink was moved.
+
     Args:
         result: the [`DesinkResult`] to describe.
         source: the checkpoint that it was made of.
@@ -281,7 +287,7 @@ def desinking_card(result, source: Source, config: GatedLlamaConfig, asked: dict
 
 
 def bases_of(card: str) -> list[str]:
-    """What the metadata names as `base_model`."""
+    """The `base_model` entries of a card's metadata."""
     bases = ModelCard(card, ignore_metadata_errors=True).data.base_model or []
     return [bases] if isinstance(bases, str) else bases
 

@@ -250,6 +250,8 @@ def _is_needed(name: str) -> bool:
 
 def read_json(path: Path, of: type = dict) -> dict | list:
     """
+    Read a JSON file.
+
     Raises:
         UserError: the file is missing, not readable, or does not hold a JSON object (or what else `of` says).
     """
@@ -316,6 +318,8 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
 
 def read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
     """
+    The tensors of a safetensors file, read from its header alone.
+
     Raises:
         UserError: the file is missing, cut off, or no safetensors file.
     """
@@ -370,6 +374,8 @@ def link_file(source: Path, target: Path) -> None:
 
 def refuse_nesting(source: Path, output: Path) -> None:
     """
+    Check that neither folder is, or lies inside, the other.
+
     Raises:
         UserError: one is the other, or lies inside it.
     """
@@ -424,7 +430,7 @@ def new_folder(output: str | os.PathLike, *, force: bool = False) -> Iterator[Pa
 
 
 def _clear_remains(output: Path) -> None:
-    """What a killed run left beside `output`: an old output that had just made way comes back, the rest goes."""
+    """Clean up after a killed run: put back an old output that had been moved away, delete the rest."""
     for path in output.parent.iterdir():
         match = re.fullmatch(rf"\.{re.escape(output.name)}\.(partial|old)-(\d+)", path.name)
         if match is None or psutil.pid_exists(int(match[2])):

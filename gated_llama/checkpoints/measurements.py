@@ -15,7 +15,7 @@ INSPECTION = Path("inspection", MEASUREMENTS_NAME)  # where a checkpoint's own a
 
 
 def write_measurements(measured: Iterable, folder: Path) -> Path:
-    """Of [`Measurements`] a line each."""
+    """Write measurements.json, one line per model."""
     path = folder / MEASUREMENTS_NAME
     path.write_text("[" + ",\n".join(each.to_json() for each in measured) + "]\n", encoding="utf-8")
     return path
@@ -23,6 +23,8 @@ def write_measurements(measured: Iterable, folder: Path) -> Path:
 
 def read_measurements(paths: list[str | Path]) -> list[dict]:
     """
+    Read one or more measurements.json files.
+
     Raises:
         UserError: a file is not one that `gated-llama inspect --out` wrote.
     """
@@ -41,6 +43,8 @@ def read_measurements(paths: list[str | Path]) -> list[dict]:
 @dataclass(frozen=True)
 class Row:
     """
+    A row of the table that compares models.
+
     Attributes:
         name: what is compared; with {length} it is one row for each length, and `value` takes that too.
         value: of a model; None where it has none.

@@ -222,7 +222,7 @@ def _named(config: PreTrainedConfig, found: Source) -> PreTrainedConfig:
 
 
 def _record(result: ConversionResult, origin: Origin, kept: Kept) -> dict:
-    """What config.json keeps of a conversion; of several in a row, the family that it all began with."""
+    """The `conversion` entry of config.json. After several conversions it still names the first source's family."""
     names = ("source", "revision", "source_layout", "gate_type", "gate_scale", "gate_bias", "gate_init")
     earlier = getattr(origin.config, "conversion", None) or {}
     # What the tokenizer's file said before: an export to the family it came from says it again.

@@ -135,6 +135,8 @@ def _write_checkpoint(
 
 def _target(to: str, checkpoint: Checkpoint, config: GatedLlamaConfig, options: dict) -> Target:
     """
+    Build the target `to`, and name the alternatives if it cannot express the model.
+
     Raises:
         UserError: `to` cannot express the model; it names the formats that can.
     """

@@ -137,7 +137,7 @@ GATE_DEFAULTS = {"gate_type": "headwise", "gate_scale": 2.0, "gate_bias": False,
 
 @dataclass(frozen=True)
 class Origin:
-    """What a source checkpoint is: its own config and class, and the class of ours that it becomes."""
+    """The source checkpoint: its config, its class, and the class of ours that it becomes."""
 
     model_type: str
     layout: str  # "plain", "gated" (ours) or "official" (the paper authors')
@@ -196,6 +196,8 @@ def recognise(raw_config: dict, where: str) -> Origin:
 
 def read_gated_config(raw_config: dict, where: str) -> GatedLlamaConfig:
     """
+    Read the config.json of a gated checkpoint.
+
     Raises:
         UserError: `where` is not the config.json of a gated checkpoint of ours.
     """

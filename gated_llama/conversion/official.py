@@ -26,6 +26,8 @@ def is_official(raw_config: dict) -> bool:
 
 def gate_type_of(raw_config: dict, where: str) -> str:
     """
+    The type of the gates that a config of the authors' asks for.
+
     Raises:
         UserError: both kinds of gate are switched on.
     """

@@ -30,7 +30,7 @@ COMPARED = ("padding_side", "truncation_side", "model_max_length", "chat_templat
 
 @dataclass(frozen=True)
 class Kept:
-    """What became of a tokenizer: in words, and the class that its file named before another had to be."""
+    """What was done with a tokenizer, and the class that its file named before if that had to change."""
 
     said: str
     renamed: bool = False

@@ -35,7 +35,7 @@ BOUND_ULPS = 32
 
 @dataclass(frozen=True)
 class Verification:
-    """What was measured; differences are the largest absolute ones over all outputs."""
+    """The result of a comparison; differences are the largest absolute ones over all outputs."""
 
     dtype: str
     exact: bool  # equal to the bit as it is

@@ -42,7 +42,7 @@ def layer_states(output: torch.Tensor | tuple) -> torch.Tensor:
 
 @contextmanager
 def capture_attention(model: PreTrainedModel, callback: AttentionCallback) -> Iterator[None]:
-    """In the block every forward of `model` (without a cache) tells `callback` its attention weights."""
+    """Context manager: every forward of `model` (without a cache) passes its attention weights to `callback`."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     _callbacks.append(callback)

@@ -37,6 +37,8 @@ def measure(
     progress: bool = False,
 ) -> Measurements:
     """
+    Measure a model's loss, attention sinks, massive activations and gates on a text.
+
     Args:
         model: a causal language model whose layers are Llama's: Llama, Mistral, Qwen2, Qwen3 or gated.
         windows: token ids (windows, T) without padding, each measured by itself.
@@ -118,7 +120,7 @@ def _name(model: PreTrainedModel) -> str:
 
 
 def _compared(windows: torch.Tensor, count: int | None) -> torch.Tensor:
-    """What is run again with other gates."""
+    """The windows that are run again with other gates."""
     if count is not None:
         return windows[:count]
     pieces = windows[:, :COMPARED]

@@ -70,7 +70,7 @@ def gate_colour(gate: float) -> str:
 
 
 def ratio_colour(ratio: float) -> str:
-    """Of a token's length over the median's, as CSS: white to 2, darkest from 500 on, light enough for dark text."""
+    """CSS colour of a token's length over the median: white up to 2, darkest from 500 on, dark text stays readable."""
     share = np.log(max(2.0, ratio) / 2) / np.log(250)
     return to_hex(matplotlib.colormaps["YlOrRd"](0.75 * min(1.0, share)))
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """Of the gates over some group of tokens; 1 is open, 0 shut, `gate_scale` the most a gate can be."""
+    """Statistics of the gates over a group of tokens; 1 is open, 0 shut, `gate_scale` the most a gate can be."""
 
     tokens: int
     mean: float

@@ -26,6 +26,8 @@ def look_at(
     maps: bool = True,
 ) -> TextReport:
     """
+    Record what attention and gates do on one short text.
+
     Args:
         ids: token ids (1, T) of a short text.
         query: the number of the token whose attention is shown; the last if None.

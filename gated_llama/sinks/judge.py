@@ -109,6 +109,8 @@ def judge(
     batch_size: int = 8,
 ) -> Judgement:
     """
+    Measure a model's loss, sinks and quantization costs on held-out windows.
+
     Args:
         windows: token ids (B, T), T more than 64, that nothing was fitted to or trained on.
         calibration: other windows, from which static quantization takes its scales.

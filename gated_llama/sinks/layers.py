@@ -84,7 +84,7 @@ def rotary_of(model: PreTrainedModel, states: torch.Tensor) -> tuple[torch.Tenso
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of each layer and token, (L, B, T): of the residual state behind the layer, and of what `down_proj` reads."""
+    """Norms, each (L, B, T): of the residual state behind every layer, and of the input of `down_proj`."""
 
     states: torch.Tensor
     inner: torch.Tensor
@@ -96,7 +96,7 @@ class Lengths:
 
 @contextmanager
 def lengths_seen(model: PreTrainedModel, see: Callable[[str, int, torch.Tensor], None]) -> Iterator[None]:
-    """In the block every forward tells `see` the lengths (B, T) of "states" and "inner" of each layer."""
+    """Context manager: forwards pass the norms (B, T) of each layer's "states" and "inner" to `see`."""
 
     def see_states(number: int, layer: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
         see("states", number, layer_states(output).float().norm(dim=2))

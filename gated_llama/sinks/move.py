@@ -40,7 +40,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "attn_gate.proj")
 
 @dataclass(frozen=True)
 class HeadFit:
-    """What was found in a head on the text it was judged by, and whether its sink was moved. Means are over queries."""
+    """A head's sink before and after, how well the edit fits, and whether it was kept. Means are over queries."""
 
     layer: int
     head: int
@@ -200,7 +200,7 @@ def _editable(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _placed(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """In the block the layer is on `device`, in fp32 or what is finer."""
+    """Context manager: the layer is on `device`, in fp32 or finer, and goes back afterwards."""
     weight = layer.self_attn.q_proj.weight
     home, dtype = weight.device, weight.dtype
     try:
@@ -210,7 +210,7 @@ def _placed(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
 
 
 def _loss(model: PreTrainedModel, states: torch.Tensor, windows: torch.Tensor) -> float:
-    """Of the next tokens, from the states behind the last layer."""
+    """Mean next-token loss, from the states behind the last layer."""
     norm, weight = model.get_decoder().norm, model.get_output_embeddings().weight
     found = [
         token_losses(model, norm(rows[None].to(weight.device, weight.dtype)), ids[None])
@@ -252,7 +252,7 @@ class _LayerEdit:
         self.cost = 0.0
 
     def move(self, base: torch.Tensor, edited: torch.Tensor) -> Iterator[tuple]:
-        """Of residual states (B, T, E): the fit of each head, as the fields of `HeadFit`."""
+        """Edit the layer, given residual states (B, T, E); yields the fields of `HeadFit` for each head."""
         attention, gate, settings = self.attention, self.attention.attn_gate, self.settings
         origin, seen = self.attend(base), self.attend(edited)
         wanted = self.gated(gate_values(gate, origin.states), origin.outputs)  # (B, T, N, H)
@@ -309,7 +309,7 @@ class _LayerEdit:
         return gates.unflatten(2, (outputs.shape[2], -1)) * outputs
 
     def error(self, found: torch.Tensor, target: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """By how much heads miss their `target` where nothing was fitted, as a share of what they put out, (N)."""
+        """Squared error of each head on the held-out windows, as a share of its output's mean square, (N)."""
         missed, size = (x[self.judged].square().sum((0, 1, 3)) for x in (found - target, wanted))
         return missed / size.clamp_min(1e-12)
 

@@ -76,6 +76,8 @@ class DesinkSettings:
 
     def check(self) -> None:
         """
+        Check the settings.
+
         Raises:
             UserError: a setting has a value that it cannot have.
         """
@@ -358,7 +360,7 @@ class Windows:
         return min(4 * self.length, max(2 * self.length, tokenizer.model_max_length), len(self.held_out) - 1)
 
     def judge_sliding(self, base: PreTrainedModel, edited: PreTrainedModel, window: int) -> Sliding:
-        """Of texts four times as long as the window."""
+        """Losses with and without a window, on texts four times as long as the window."""
         rows = cut_windows(self.held_out, LONG_WINDOWS, self.long, f"{self.seed} sliding")
         found = [
             losses(model, rows, 1, seen).mean().item()

@@ -45,7 +45,7 @@ class DesinkResult:
 
     @classmethod
     def of(cls, fields: dict) -> "DesinkResult":
-        """Of what `to_json()` wrote."""
+        """Read what `to_json()` wrote."""
         steps = [Step(**step | {"judgement": Judgement(**step["judgement"])}) for step in fields["steps"]]
         sliding = fields["sliding"] and Sliding(**fields["sliding"])
         return cls(**fields | {"before": Judgement(**fields["before"]), "steps": steps, "sliding": sliding})
@@ -54,7 +54,7 @@ class DesinkResult:
         return json.dumps(asdict(self))
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """What is compared: name, before, after."""
+        """The rows of the table before/after: name, before, after."""
         one, other = self.before, self.after
         shown = [
             ("loss on held-out text, nats", "{:.4f}", lambda j: j.loss),

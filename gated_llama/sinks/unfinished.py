@@ -22,7 +22,7 @@ from gated_llama.sinks.result import DesinkResult
 
 class Unfinished:
     """
-    A folder beside the output: what was asked for and has been done (`desink.json`), and the weights after that. Only
+    The folder beside the output from which a stopped run resumes: `desink.json` (settings, results) and weights. Only
     the first process writes.
     """
 
@@ -38,13 +38,13 @@ class Unfinished:
 
     @property
     def training(self) -> Path:
-        """Of the step that comes next, as far as it has come."""
+        """The file with the training state of the current step."""
         return self.folder / f"{self.steps}-training.safetensors"
 
     @contextmanager
     def opened(self, asked: dict, *, resume: bool, force: bool) -> Iterator[None]:
         """
-        The folder is gone once the block ends, but not if that is by an interruption, and something had been done.
+        Context manager: the folder is removed at the end, unless the run was interrupted.
 
         Raises:
             UserError: there is none to resume, or one that was not asked for; or the run was interrupted.
@@ -68,7 +68,7 @@ class Unfinished:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def go_on(self, model: PreTrainedModel) -> DesinkResult | None:
-        """What had been done, with the weights behind that written to `model`; None if nothing had."""
+        """The result so far, with its weights written to `model`; None if nothing was done yet."""
         done = read_json(self.record).get("done")
         if done is None:
             return None
@@ -96,7 +96,7 @@ class Unfinished:
 
 
 def from_main(value: Any) -> Any:
-    """What the first process has, so that all decide alike."""
+    """Broadcast the first process's value, so that all processes decide alike."""
     values = [value]
     if process_of()[1] > 1:
         dist.broadcast_object_list(values)

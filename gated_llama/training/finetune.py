@@ -133,6 +133,8 @@ class FinetuneSettings:
 
     def check(self) -> None:
         """
+        Check the settings, alone and together.
+
         Raises:
             UserError: a setting has a value that it cannot have, or not with another.
         """

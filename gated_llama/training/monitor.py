@@ -119,7 +119,7 @@ class GateMonitor(TrainerCallback):
         state.log_history[-1].update(added)
 
     def verdict(self) -> str:
-        """What became of the gates in this run, in one line."""
+        """One line that says what the gates did in this run."""
         first, last = self.steps
         if not self._trained:
             return "The gates were frozen."
@@ -161,7 +161,7 @@ class LiveView(ProgressCallback):
         self._since = time.monotonic()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """What went by between two steps, for evaluations and checkpoints, is not in the bar's rate and ETA."""
+        """Leave the time between two steps (evaluations, checkpoints) out of the bar's rate and ETA."""
         if self.training_bar is not None:
             between = time.monotonic() - self._since
             self.training_bar.start_t += between
@@ -215,6 +215,8 @@ class LossGuard:
 
     def check(self, loss: float, step: int, rates: str) -> None:
         """
+        Take note of a step's loss, and end the run if it went wrong.
+
         Args:
             loss: in nats per token, or in what else the loss of the run is.
             step: the number of the step, from 1.

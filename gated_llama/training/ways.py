@@ -34,6 +34,8 @@ class Written:
 @dataclass(frozen=True)
 class Way:
     """
+    A way to train.
+
     Attributes:
         trained: what was, as the card says it.
         lr: the learning rate of the weights that is customary.

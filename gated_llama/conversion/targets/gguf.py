@@ -66,6 +66,8 @@ PRE_TOKENIZERS = {
 
 def target(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str | None = None) -> Target:
     """
+    The export of a headwise causal LM to GGUF.
+
     Args:
         kind: one of `GGUF_TYPES`, of the weights; gates, norms and biases are fp32. The checkpoint's own if None.
     """
@@ -197,7 +199,7 @@ def _settings(config: GatedLlamaConfig, scaled_and_full: bool) -> dict:
 
 
 def _planned(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str) -> Iterator[tuple]:
-    """Of each tensor its name, shape and type there, and what makes it."""
+    """The tensors to write: name, shape, type, and a function that makes the values."""
 
     def read(*keys: str, scale: float = 1.0) -> torch.Tensor:
         found = []
