@@ -55,7 +55,8 @@ def steps_of(data: Path, out: Path, rehearse: bool) -> list[Step]:
         pretrain += ["--device", "cpu", "--data", "triggers", "--tokens", "8192", "--rates", "1e-2", "--seeds", "0"]
     else:
         speed += ["--device", "cuda"]
-        sinks += ["--recipes", "calmed, moved, gates distilled, healed on text", "trained on text, without gates"]
+        sinks += ["--recipes", "moved, gates distilled", "calmed, moved, gates distilled, healed on text"]
+        sinks += ["trained on text, without gates"]
         pretrain += ["--width", "512", "--layers", "10", "--tokens", "5e7", "--rates", "2e-3", "--seeds", "0"]
     tests = ["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "slow" / "check_gpu.py")]
     return [

@@ -52,7 +52,8 @@ class DesinkSettings:
     Attributes:
         calm_only: leave the sink where it is; only massive states become calm.
         max_loss: the share by which the loss on held-out text may rise.
-        calm_tokens: on which all layers are distilled from the base, with a penalty on massive states; or 0.
+        calm_tokens: on which all layers are distilled from the base, with a penalty on massive states; 0 leaves these
+            as they are, since on two cores calming cost long texts more than it may (docs/sinks.md).
         move_tokens: on which keys, values and gates are fitted in closed form.
         heal_tokens: on which the gates are distilled from the base afterwards; or 0.
         sliding_window: let every layer of the result see so many tokens only, for streams in constant memory; None
@@ -65,7 +66,7 @@ class DesinkSettings:
 
     calm_only: bool = False
     max_loss: float = 0.01
-    calm_tokens: int = 196_608
+    calm_tokens: int = 0
     move_tokens: int = 32_768
     heal_tokens: int = 98_304
     sliding_window: int | None = None
