@@ -201,6 +201,8 @@ def with_returns(windows: torch.Tensor, seed: int | str) -> torch.Tensor:
     Windows (B, T) in whose second half the passages of the first come back, in another order: what comes next there
     stood far back.
     """
+    if not len(windows):
+        return windows
     drawn, half = random.Random(seed), windows.shape[1] // 2
     passages = windows[:, :half].split(PASSAGE, dim=1)
     orders = (drawn.sample(passages, len(passages)) for _ in windows)

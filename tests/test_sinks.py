@@ -538,8 +538,8 @@ def test_half_of_what_is_fitted_on_has_passages_that_come_back(plain):
 def test_the_command_refuses_in_a_sentence(plain, capsys):
     (plain / "short.txt").write_text("the cat. " * 20)
     for arguments, said in (
-        ([str(plain / "text.jsonl")], ""),
-        ([str(plain / "short.txt")], "too few to fit on"),
+        ([str(plain / "short.txt"), "--length", "128"], "too few to fit on"),
+        ([str(plain / "text.jsonl")], "is made for texts of 256 tokens: give a --length"),
         ([str(plain / "text.jsonl"), "--length", "100"], "length must be at least 128"),
         ([str(plain / "text.jsonl"), "--move-tokens", "100"], "at least two rows"),
     ):

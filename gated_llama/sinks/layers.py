@@ -17,7 +17,6 @@ from gated_llama.inspection.collectors import MASSIVE
 
 
 BLOCK = 2**21  # attention logits held at once, so few that the next pass over them finds them in the cache
-HIGHEST = 70.0  # the largest weight's logarithm: a sink may be so far above the others that from 0 on nothing was left
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Attended:
     queries: torch.Tensor  # (B, T, N, H), rotated
     values: torch.Tensor  # (B, T, K, H)
     others: torch.Tensor  # (B, T, N)
-    logits: torch.Tensor  # (B, T, N): log Σ exp over the others' logits; where there are none, far below
+    logits: torch.Tensor  # (B, T, N): log Σ exp over the others' logits, 87 nats below the largest at the least
     outputs: torch.Tensor  # (B, T, N, H)
 
 
@@ -58,11 +57,11 @@ def attend(layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, .
         distance = block[:, None] - places[:end]
         unseen = (distance < 0) | (distance >= (window or tokens))  # (b, S)
         scores = (scaled[:, :, block] @ keys[..., :end]).masked_fill_(unseen, float("-inf"))
-        least = scores.amax(3, keepdim=True) - HIGHEST  # (B, N, b, 1)
-        sums, total, rest = (scores.sub_(least).exp_() @ summed[:, :, :end]).split([values.shape[3], 1, 1], 3)
+        largest = scores.amax(3, keepdim=True)  # (B, N, b, 1)
+        sums, total, rest = (scores.sub_(largest).exp_() @ summed[:, :, :end]).split([values.shape[3], 1, 1], 3)
         outputs.append(sums / total)
         others.append((rest / total).squeeze(3))
-        logits.append((least + rest.clamp_min(torch.finfo(rest.dtype).tiny).log()).squeeze(3))
+        logits.append((largest + rest.clamp_min(torch.finfo(rest.dtype).tiny).log()).squeeze(3))
     joined = (torch.cat(parts, dim=2).transpose(1, 2) for parts in (others, logits, outputs))  # -> (B, T, N, …)
     return Attended(states, queries.transpose(1, 2), values, *joined)
 
