@@ -84,9 +84,7 @@ class GatedMoeConfig(GatedLlamaConfig):
     def __post_init__(self, **kwargs):
         self.mlp_only_layers = self.mlp_only_layers or []
         super().__post_init__(**kwargs)
-        self.auto_map = {
-            name: moved.replace("gated.GatedLlama", "gated_moe.GatedMoe") for name, moved in AUTO_MAP.items()
-        }
+        self.auto_map = dict(AUTO_MAP)
 
     def has_experts(self, layer_idx: int) -> bool:
         return layer_idx not in self.mlp_only_layers and (layer_idx + 1) % self.decoder_sparse_step == 0

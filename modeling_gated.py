@@ -445,18 +445,28 @@ AUTO_CLASSES = {
     AutoModelForTokenClassification: GatedLlamaForTokenClassification,
     AutoModelForQuestionAnswering: GatedLlamaForQuestionAnswering,
 }
-for auto_class, model_class in AUTO_CLASSES.items():
-    model_class.register_for_auto_class(auto_class.__name__)  # saved with its code
-# Tables of names, by which the Trainer (label smoothing), pipelines and others know what kind of model a class is.
-modeling_auto.MODEL_MAPPING_NAMES["gated_llama"] = "GatedLlamaModel"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gated_llama"] = "GatedLlamaForCausalLM"
-modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["gated_llama"] = "GatedLlamaForSequenceClassification"
-modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["gated_llama"] = "GatedLlamaForTokenClassification"
-modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["gated_llama"] = "GatedLlamaForQuestionAnswering"
-if not __name__.startswith("transformers_modules."):  # remote code must not take the place of an installed package
-    AutoConfig.register("gated_llama", GatedLlamaConfig, exist_ok=True)
-    for auto_class, model_class in AUTO_CLASSES.items():
-        auto_class.register(GatedLlamaConfig, model_class, exist_ok=True)
+# By which the Trainer (label smoothing), pipelines and others know what kind of model a class is.
+NAMES = {
+    AutoModel: modeling_auto.MODEL_MAPPING_NAMES,
+    AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    AutoModelForSequenceClassification: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    AutoModelForTokenClassification: modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    AutoModelForQuestionAnswering: modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
+
+
+def register(config_class: type[GatedLlamaConfig], auto_classes: dict[type, type], module: str) -> None:
+    """Make the Auto classes know the models of a config, whose code is `module`."""
+    for auto_class, model_class in auto_classes.items():
+        model_class.register_for_auto_class(auto_class.__name__)  # saved with its code
+        NAMES[auto_class][config_class.model_type] = model_class.__name__
+    if not module.startswith("transformers_modules."):  # remote code must not take the place of an installed package
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for auto_class, model_class in auto_classes.items():
+            auto_class.register(config_class, model_class, exist_ok=True)
+
+
+register(GatedLlamaConfig, AUTO_CLASSES, __name__)
 
 __all__ = [
     "AttentionGate",

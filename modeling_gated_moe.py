@@ -11,7 +11,6 @@ from itertools import chain
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -28,7 +27,6 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import (
     LlamaForCausalLM,
     LlamaMLP,
@@ -60,6 +58,7 @@ try:
         GatedLlamaModel,
         GatedLlamaModelOutput,
         GatedLlamaPreTrainedModel,
+        register,
     )
 except ImportError:
     if __package__:  # as remote code the files beside this one must be there; installed, they are top-level modules
@@ -72,6 +71,7 @@ except ImportError:
         GatedLlamaModel,
         GatedLlamaModelOutput,
         GatedLlamaPreTrainedModel,
+        register,
     )
 
 
@@ -253,18 +253,7 @@ AUTO_CLASSES = {
     AutoModelForTokenClassification: GatedMoeForTokenClassification,
     AutoModelForQuestionAnswering: GatedMoeForQuestionAnswering,
 }
-for auto_class, model_class in AUTO_CLASSES.items():
-    model_class.register_for_auto_class(auto_class.__name__)  # saved with its code
-# Tables of names, by which the Trainer (label smoothing), pipelines and others know what kind of model a class is.
-modeling_auto.MODEL_MAPPING_NAMES["gated_moe"] = "GatedMoeModel"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gated_moe"] = "GatedMoeForCausalLM"
-modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["gated_moe"] = "GatedMoeForSequenceClassification"
-modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["gated_moe"] = "GatedMoeForTokenClassification"
-modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["gated_moe"] = "GatedMoeForQuestionAnswering"
-if not __name__.startswith("transformers_modules."):  # remote code must not take the place of an installed package
-    AutoConfig.register("gated_moe", GatedMoeConfig, exist_ok=True)
-    for auto_class, model_class in AUTO_CLASSES.items():
-        auto_class.register(GatedMoeConfig, model_class, exist_ok=True)
+register(GatedMoeConfig, AUTO_CLASSES, __name__)
 
 __all__ = [
     "GatedMoeForCausalLM",

@@ -16,14 +16,14 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from models import PACKAGED, real_model
 
 from gated_llama import convert_checkpoint
-from gated_llama.data import begun, cut_windows, with_returns
+from gated_llama.data import begun, cut_windows, mixed_windows, with_returns
 from gated_llama.loading import load
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, losses
@@ -39,12 +39,13 @@ WINDOWS, LENGTH = 32, 256  # of each kind that are judged
 ROWS_BEFORE = 256  # of the records that do not say how long rows were
 
 
+ANY_PRICE = MoveSettings(max_loss=9.0, batch_size=1)  # which is what is asked
+
+
 @dataclass(frozen=True)
 class Move:
     tokens: int = 65_536
-    settings: MoveSettings = field(
-        default_factory=lambda: MoveSettings(max_loss=9.0, batch_size=1)
-    )  # the price is asked
+    settings: MoveSettings = ANY_PRICE
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ CALM = Distil(196_608, DistilSettings("layers", batch_size=1))
 GATES = Distil(98_304, DistilSettings("gates", batch_size=1))
 NO_GATES = ("attn_gate", "_proj.bias")
 RECIPES = {
-    "moved, neither values nor outputs": [Move(16_384, MoveSettings(max_loss=9.0, values=False, outputs=False))],
-    "moved, values shifted": [Move(16_384, MoveSettings(max_loss=9.0, outputs=False))],
+    "moved, neither values nor outputs": [Move(16_384, replace(ANY_PRICE, values=False, outputs=False))],
+    "moved, values shifted": [Move(16_384, replace(ANY_PRICE, outputs=False))],
     "moved, 16k tokens": [Move(16_384)],
     "moved": [Move()],
     "moved, gates distilled": [Move(), replace(GATES, settings=replace(GATES.settings, penalty=0.0))],
@@ -120,12 +121,8 @@ def run(args: argparse.Namespace) -> None:
             wikitext = begun(cut_windows(row, 48, args.length, 3), [beginning])
 
         def mixed(count: int, seed: int, length: int = args.rows, *, returns: bool = True) -> torch.Tensor:
-            windows = cut_windows(rows, max(2, count // args.scale // length), length, seed)
-            if returns:
-                chosen = [row for row in range(len(windows)) if row // 2 % 2]
-                windows[chosen] = with_returns(windows[chosen], seed)
-            windows[::2] = begun(windows[::2], [beginning])
-            return windows
+            number = max(2, count // args.scale // length)
+            return mixed_windows(rows, number, length, seed, [beginning], returns=returns)
 
         long = cut_windows(held_out, 2, 16 * args.length, 4)
         far = {"far": long, "recalled": with_returns(long, 4)}

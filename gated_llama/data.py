@@ -216,6 +216,28 @@ def begun(windows: torch.Tensor, beginnings: Sequence[int]) -> torch.Tensor:
     return torch.cat([first[:, None], windows[:, :-1]], dim=1)
 
 
+def mixed_windows(
+    tokens: torch.Tensor,
+    count: int,
+    length: int,
+    seed: int | str,
+    beginnings: Sequence[int],
+    *,
+    returns: bool = False,
+) -> torch.Tensor:
+    """
+    Windows (count, length) of a long row of tokens, every other one with a token in front with which texts may begin,
+    the rest cut anywhere. With `returns`, in half of either kind passages come back.
+    """
+    windows = cut_windows(tokens, count, length, seed)
+    if returns:
+        chosen = [row for row in range(count) if row // 2 % 2]
+        windows[chosen] = with_returns(windows[chosen], seed)
+    if beginnings:
+        windows[::2] = begun(windows[::2], beginnings)
+    return windows
+
+
 def split_off(rows: Rows, share: float, most: int) -> tuple[Rows, Rows | None]:
     """
     The rows to train on, and the last `share` of them, held out: None if that makes no row, and no more of them than

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +19,7 @@ from transformers import (
 )
 
 import modeling_gated_moe  # noqa: F401  (registers the Auto classes, those of modeling_gated too)
-from gated_llama.checkpoints.folder import INDEX_NAME, WEIGHTS_NAME, HTTPError, read_header, read_json
+from gated_llama.checkpoints.folder import INDEX_NAME, WEIGHTS_NAME, hub_file, read_header, read_json
 from gated_llama.errors import UserError, first_line
 from gated_llama.gates import gate_parameters, is_gate
 
@@ -81,14 +79,9 @@ def _folder_of(adapter: str | os.PathLike, settings: dict) -> Path:
         return Path(adapter, subfolder or "")
     names = ("revision", "cache_dir", "token", "force_download", "local_files_only")
     where = {name: settings[name] for name in names if name in settings}
-    try:
-        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-            path = hf_hub_download(str(adapter), name, subfolder=subfolder, **where)
-    except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
-        raise UserError(
-            f"{adapter} is no local folder, and the Hub did not give its adapter: {first_line(error)}"
-        ) from error
-    return Path(path).parent
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        path = hub_file(str(adapter), name, what="adapter", subfolder=subfolder, **where)
+    return path.parent
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike, **settings) -> "PeftModel":

@@ -223,9 +223,13 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Sourc
     return Source(Path(path), str(source), Path(path).name, on_hub=True)
 
 
-def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
+def hub_file(repository: str, name: str, *, what: str | None = None, **where) -> Path:
     """
     A file of a Hub repository in the Hub's cache, in the folder of its commit; downloaded if it is not there.
+
+    Args:
+        what: as which the file is spoken of; its name if None.
+        where: as for `hf_hub_download`, such as `revision`.
 
     Raises:
         UserError: it is not there, or the Hub cannot be asked.
@@ -234,10 +238,10 @@ def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(repository, name, revision=revision))
+        return Path(hf_hub_download(repository, name, **where))
     except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
         raise UserError(
-            f"{repository} is no local folder, and the Hub did not give its {name}: {first_line(error)}"
+            f"{repository} is no local folder, and the Hub did not give its {what or name}: {first_line(error)}"
         ) from error
 
 

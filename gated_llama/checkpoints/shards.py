@@ -35,6 +35,14 @@ class TensorPlan:
     inputs: tuple[str, ...] = ()
     make: Callable[..., torch.Tensor] | None = None
 
+    def then(self, change: Callable[[torch.Tensor], torch.Tensor], **info) -> "TensorPlan":
+        """The tensor behind a `change`; `info` are the fields of `TensorInfo` that it changes, such as the shape."""
+
+        def make(*found: torch.Tensor) -> torch.Tensor:
+            return change(self.make(*found) if self.make else found[0])
+
+        return replace(self, info=replace(self.info, **info), make=make)
+
     @property
     def size(self) -> int:
         """Bytes."""

@@ -39,7 +39,7 @@ def dequantized(
     if gguf_file is None:
         gguf_file, path = path.name, path.parent
     elif not path.is_dir():
-        found = hub_file(str(source), gguf_file, revision)
+        found = hub_file(str(source), gguf_file, revision=revision)
         path, on_hub, commit = found.parent, True, found.parent.name
     if not on_hub and revision is not None:
         raise UserError(f"{source} is local and has no revision {revision!r}: leave --revision out.")

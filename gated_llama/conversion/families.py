@@ -18,6 +18,7 @@ import configuration_gated_moe
 import modeling_gated
 import modeling_gated_moe
 from configuration_gated import GatedLlamaConfig
+from gated_llama.checkpoints.card import HEADS
 from gated_llama.conversion.official import FLAGS, gate_type_of, is_official
 from gated_llama.errors import UserError
 
@@ -127,9 +128,6 @@ FAMILIES = {
         becomes="gated_moe",
     ),
 }
-
-HEADS = ("ForCausalLM", "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-
 
 # What is written where nobody asks for anything else.
 GATE_DEFAULTS = {"gate_type": "headwise", "gate_scale": 2.0, "gate_bias": False, "gate_init": "open"}

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.card import desinking_card
-from gated_llama.checkpoints.folder import find_source, new_folder, read_checkpoint, refuse_nesting
+from gated_llama.checkpoints.folder import Source, find_source, new_folder, read_checkpoint, refuse_nesting
 from gated_llama.checkpoints.measurements import INSPECTION, read_measurements, write_measurements
 from gated_llama.conversion.convert import convert_checkpoint
 from gated_llama.conversion.families import GATED_TYPES, read_gated_config, recognise
 from gated_llama.conversion.verify import no_bars_of_transformers
-from gated_llama.data import begun, cut_windows, read_documents, shuffled, tokenize, with_returns
+from gated_llama.data import cut_windows, mixed_windows, read_documents, shuffled, tokenize, with_returns
 from gated_llama.errors import UserError, VerificationError
 from gated_llama.inspection import SENTENCE
 from gated_llama.inspection.measure import measure
@@ -134,11 +134,7 @@ def desink_checkpoint(
     refuse_adapter(model)
     found = find_source(model, revision)
     refuse_nesting(found.folder, Path(output))
-    origin = recognise(read_checkpoint(found.folder).config, found.name)
-    if origin.gated_class.config_class is not GatedLlamaConfig:
-        raise UserError(f"{found.name} is a mixture of experts, whose sinks are not moved: no such model was tried.")
-    if settings.length > (most := origin.config.max_position_embeddings):
-        raise UserError(f"{found.name} is made for texts of {most:,} tokens: give a --length of at most so many.")
+    _refuse_unsuited(found, settings)
     text = [str(source) for source in text]
     asked = {"model": found.found_again_by, "revision": found.revision, "text": text, **asdict(settings)}
     main = processes.is_main_process
@@ -186,6 +182,14 @@ def desink_checkpoint(
             card = desinking_card(result, found, edited.config, asdict(settings), text)
             (folder / "README.md").write_text(card, encoding="utf-8")
     return result
+
+
+def _refuse_unsuited(found: Source, settings: DesinkSettings) -> None:
+    origin = recognise(read_checkpoint(found.folder).config, found.name)
+    if origin.gated_class.config_class is not GatedLlamaConfig:
+        raise UserError(f"{found.name} is a mixture of experts, whose sinks are not moved: no such model was tried.")
+    if settings.length > (most := origin.config.max_position_embeddings):
+        raise UserError(f"{found.name} is made for texts of {most:,} tokens: give a --length of at most so many.")
 
 
 def _refuse_if_nothing_held(result: DesinkResult, settings: DesinkSettings) -> None:
@@ -371,10 +375,4 @@ class Windows:
         return Sliding(window, *found)
 
     def _cut(self, tokens: torch.Tensor, count: int, what: str, *, returns: bool = False) -> torch.Tensor:
-        windows = cut_windows(tokens, count, self.length, f"{self.seed} {what}")
-        if returns:  # of the windows with a token in front every other, and of those without
-            chosen = [row for row in range(count) if row // 2 % 2]
-            windows[chosen] = with_returns(windows[chosen], f"{self.seed} {what}")
-        if self.beginnings:
-            windows[::2] = begun(windows[::2], self.beginnings)
-        return windows
+        return mixed_windows(tokens, count, self.length, f"{self.seed} {what}", self.beginnings, returns=returns)

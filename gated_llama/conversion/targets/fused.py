@@ -50,7 +50,7 @@ def fused_plans(
             plans.setdefault(f"{attention}{name}.bias", TensorPlan(zero, make=partial(torch.zeros, zero.shape)))
         if config.gate_scale != 1:
             output = f"{attention}o_proj.weight"
-            plans[output] = replace(plans[output], make=partial(torch.mul, other=config.gate_scale))
+            plans[output] = plans[output].then(partial(torch.mul, other=config.gate_scale))
     return plans
 
 

@@ -19,7 +19,7 @@ import modeling_gated
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.folder import TOKENIZER_CONFIG, Checkpoint, read_json
 from gated_llama.conversion.targets import GGUF_TYPES
-from gated_llama.conversion.targets.target import Target
+from gated_llama.conversion.targets.target import Target, refuse
 from gated_llama.errors import UserError
 from gated_llama.gates import is_gate
 
@@ -93,9 +93,7 @@ def target(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str | None = 
         ),
         f"weights in {config.dtype}, which have no GGUF type": own is None,
     }
-    for what, is_so in refused.items():
-        if is_so:
-            raise UserError(f"{where} has {what}")
+    refuse(where, refused)
     if kind not in GGUF_TYPES:
         raise UserError(f"there is no GGUF type {kind!r}: {', '.join(GGUF_TYPES)} are.")
     vocabulary = _vocabulary(where, config)

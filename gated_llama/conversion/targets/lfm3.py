@@ -2,7 +2,6 @@
 """Transformers' own LFM3 (in its newer versions), whose attention has QK norm, windows and a headwise gate."""
 
 import re
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,7 +10,7 @@ import transformers
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.folder import Checkpoint
 from gated_llama.checkpoints.shards import carried
-from gated_llama.conversion.targets.target import Target, load_as, saved_config
+from gated_llama.conversion.targets.target import Target, load_as, refuse, saved_config
 from gated_llama.errors import UserError
 
 
@@ -30,25 +29,25 @@ def target(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
     where, rope = checkpoint.folder, config.rope_parameters
     if not hasattr(transformers, "Lfm3ForCausalLM"):
         raise UserError(f"Transformers {transformers.__version__} has no LFM3, newer versions have")
-    refused = {
-        f"is a {config.architectures[0]}, and lfm3 is for dense causal language models": (
-            config.architectures != ["GatedLlamaForCausalLM"]
-        ),
-        "has elementwise gates, and lfm3 headwise ones": config.gate_type != "headwise",
-        "has no QK norm, which lfm3 has": not config.use_qk_norm,
-        "has biases of gates or MLPs, which lfm3 has not": config.gate_bias or config.mlp_bias,
-        "has biases of q, k and v, and not of o, or the other way": config.attention_bias != config.attention_out_bias,
-        f"has the activation {config.hidden_act!r}, and lfm3 has silu": config.hidden_act != "silu",
-        f"has RoPE of type {rope['rope_type']!r}, which the export does not know": rope["rope_type"] != "default",
-    }
-    for what, is_so in refused.items():
-        if is_so:
-            raise UserError(f"{where} {what}")
+    refuse(
+        where,
+        {
+            f"the head {config.architectures[0]}, and lfm3 is a dense causal language model": (
+                config.architectures != ["GatedLlamaForCausalLM"]
+            ),
+            "elementwise gates, and lfm3 headwise ones": config.gate_type != "headwise",
+            "no QK norm, which lfm3 has": not config.use_qk_norm,
+            "biases of gates or MLPs, which lfm3 has not": config.gate_bias or config.mlp_bias,
+            "biases of q, k and v, and not of o, or the other way": config.attention_bias != config.attention_out_bias,
+            f"the activation {config.hidden_act!r}, and lfm3 has silu": config.hidden_act != "silu",
+            f"RoPE of type {rope['rope_type']!r}, which the export does not know": rope["rope_type"] != "default",
+        },
+    )
     plans = {}
     for key, info in checkpoint.tensors.items():
         plan = carried(key, info)
         if key.endswith("o_proj.weight") and config.gate_scale != 1:
-            plan = replace(plan, make=partial(torch.mul, other=config.gate_scale))
+            plan = plan.then(partial(torch.mul, other=config.gate_scale))
         plans[re.sub("|".join(map(re.escape, NAMES)), lambda found: NAMES[found[0]], key)] = plan
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "

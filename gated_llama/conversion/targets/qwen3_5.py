@@ -8,7 +8,6 @@ those channels. Constants are powers of two times whole numbers whose squares su
 two, so that bf16 holds all of them.
 """
 
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import isqrt
@@ -51,9 +50,7 @@ def target(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
         _pad(plans, config, size, constants["k"])
     for key, plan in plans.items():
         if key.endswith("norm.weight"):  # stored as their distance from 1, which fp32 holds for every bf16 weight
-            make = plan.make or (lambda weight: weight)
-            made = lambda *found, make=make: make(*found).float() - 1  # noqa: E731
-            plans[key] = replace(plan, info=replace(plan.info, dtype="F32"), make=made)
+            plans[key] = plan.then(lambda weight: weight.float() - 1, dtype="F32")
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
         "max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings "
@@ -95,7 +92,7 @@ def _pad(plans: dict[str, TensorPlan], config: GatedLlamaConfig, size: int, cons
         return _wider(tensor.unflatten(0, (config.num_key_value_heads, -1)), values).flatten(0, 1)
 
     def columns(weight: torch.Tensor) -> torch.Tensor:
-        return _wider(weight.T.unflatten(0, (config.num_attention_heads, -1))).flatten(0, 1).T
+        return _wider(weight.T.unflatten(0, (config.num_attention_heads, -1))).flatten(0, 1).T.contiguous()
 
     def norm() -> torch.Tensor:
         return torch.cat([torch.full((config.head_dim,), LARGE), torch.zeros(PADDING)])
@@ -110,11 +107,9 @@ def _pad(plans: dict[str, TensorPlan], config: GatedLlamaConfig, size: int, cons
             ("o_proj.weight", columns),
         ):
             plan = plans[attention + name]
-            make = plan.make or (lambda tensor: tensor)
             shape = list(plan.info.shape)
             place = 1 if change is columns else 0
             shape[place] = shape[place] // config.head_dim * size
-            made = lambda *found, make=make, change=change: change(make(*found)).contiguous()  # noqa: E731
-            plans[attention + name] = replace(plan, info=replace(plan.info, shape=tuple(shape)), make=made)
+            plans[attention + name] = plan.then(change, shape=tuple(shape))
         for name in ("q_norm.weight", "k_norm.weight"):
             plans[attention + name] = TensorPlan(TensorInfo(plans[key].info.file, "F32", (size,)), make=norm)

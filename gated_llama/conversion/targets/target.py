@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gated_llama.checkpoints.folder import WEIGHTS_NAME, Checkpoint
 from gated_llama.checkpoints.shards import TensorPlan, carried
 from gated_llama.conversion.classes import load_model
+from gated_llama.errors import UserError
 from gated_llama.gates import is_gate
 
 
@@ -37,6 +38,21 @@ class Target:
     gates_added: bool = False
     note: str | None = None
     write: Callable[[Path, bool], None] | None = None
+
+
+def refuse(folder: Path, reasons: dict[str, bool]) -> None:
+    """
+    Refuse what a format cannot express.
+
+    Args:
+        reasons: what the checkpoint in `folder` may have, as the sentence goes on, and whether it has it.
+
+    Raises:
+        UserError: one of them holds.
+    """
+    for what, is_so in reasons.items():
+        if is_so:
+            raise UserError(f"{folder} has {what}")
 
 
 def without_gates(checkpoint: Checkpoint) -> dict[str, TensorPlan]:
