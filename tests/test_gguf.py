@@ -18,6 +18,7 @@ from tiny import VOCAB, published, source_model, tiny_tokenizer
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30
+SCALED_ROPE = ["llama-3.2", "llama-linear", "llama-yarn"]
 
 
 class File:
@@ -86,7 +87,7 @@ def export(folder, **settings):
     return result, File(folder / "out" / "model.gguf")
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama-3.2", "llama-linear", "mistral", "mistral-full", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", [*SCALED_ROPE, "llama", "mistral", "mistral-full", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_keys_and_tensors(tmp_path, variant, dtype):
     model = gated(tmp_path, variant, dtype=dtype)
@@ -103,13 +104,11 @@ def test_keys_and_tensors(tmp_path, variant, dtype):
     assert keys["rope.dimension_count"] == 2 * keys["rope.dimension_count_swa"] == 2 * config.head_dim
     theta = pytest.approx(config.rope_parameters["rope_theta"])
     assert keys["rope.freq_base"] == theta == keys["rope.freq_base_swa"]
-    scaled = variant in ("llama-3.2", "llama-linear")
+    scaled = variant in SCALED_ROPE
     assert keys["block_count"] == 3 + scaled and keys.get("nextn_predict_layers", 0) == scaled
-    pattern = {"mistral": [True] * 3, "llama-3.2": [False] * 3 + [True], "llama-linear": [False] * 3 + [True]}
-    assert keys["attention.sliding_window_pattern"] == pattern.get(variant, [True] * 3)
+    assert keys["attention.sliding_window_pattern"] == ([False] * 3 + [True] if scaled else [True] * 3)
     assert keys["attention.sliding_window"] == (5 if variant == "mistral" else config.max_position_embeddings)
-    assert ("rope_freqs.weight" in file.tensors) == (variant == "llama-3.2")
-    assert keys.get("rope.scaling.type") == ("linear" if variant == "llama-linear" else None)
+    assert ("rope_freqs.weight" in file.tensors) == scaled
 
     find = file.tensors.__getitem__
     assert torch.equal(find("output.weight"), state["lm_head.weight"].float())  # a copy where it is tied
@@ -131,14 +130,17 @@ def test_keys_and_tensors(tmp_path, variant, dtype):
         assert kind == (F32 if "norm" in name or "bias" in name or "attn_gate" in name or "freqs" in name else wanted)
 
 
-def test_llama3_frequencies_are_those_of_transformers(tmp_path):
-    model = gated(tmp_path, "llama-3.2")
+@pytest.mark.parametrize("variant", SCALED_ROPE)
+def test_frequencies_are_those_of_transformers(tmp_path, variant):
+    model = gated(tmp_path, variant)
     _, file = export(tmp_path)
     size = model.config.head_dim
     plain = model.config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2) / size)
-    expected = model.model.rotary_emb.inv_freq
-    torch.testing.assert_close(plain / file.tensors["rope_freqs.weight"], expected, rtol=1e-5, atol=0)
+    rotary = model.model.rotary_emb
+    torch.testing.assert_close(plain / file.tensors["rope_freqs.weight"], rotary.inv_freq, rtol=1e-6, atol=0)
     assert file.tensors["rope_freqs.weight"].max() > 1.5  # something is scaled
+    assert file.keys["step35.rope.scaling.attn_factor"] == pytest.approx(rotary.attention_scaling)
+    assert (rotary.attention_scaling > 1.1) == (variant == "llama-yarn")
 
 
 def test_the_tokenizer_goes_along(tmp_path):
@@ -170,6 +172,11 @@ def test_eight_bits(tmp_path, capsys):
     assert file.types["blk.0.attn_gate.weight"] == F32
     expected = model.state_dict()["model.layers.0.mlp.up_proj.weight"]
     assert (file.tensors["blk.0.ffn_up.weight"] - expected).abs().max() < expected.abs().max() / 120
+
+
+def test_greedy_tokens_are_compared_beyond_the_end_of_text(tmp_path):
+    gated(tmp_path, "llama", eos_token_id=list(range(VOCAB - 9)))
+    export(tmp_path)
 
 
 def test_control_a_wrong_tensor_fails_verification(tmp_path, monkeypatch):

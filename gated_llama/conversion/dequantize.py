@@ -6,14 +6,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from gated_llama.checkpoints.folder import Source, hub_file
-from gated_llama.conversion.targets.gguf import llama3_factors
+from gated_llama.conversion.targets.gguf import rope_factors
 from gated_llama.conversion.verify import no_bars_of_transformers
 from gated_llama.errors import UserError, first_line
 
@@ -122,7 +121,7 @@ def _rope(gguf: Path, architecture: str, key, tensors: dict) -> dict:
     for factor in LLAMA3_FACTORS:
         rope = {**LLAMA3_ROPE, "factor": factor, "original_max_position_embeddings": LLAMA3_CONTEXT}
         settings = rope | {"rope_theta": key(f"{architecture}.rope.freq_base", 10000.0)}
-        expected = llama3_factors(SimpleNamespace(rope_parameters=settings, head_dim=2 * len(found)))
+        expected, _ = rope_factors(LlamaConfig(rope_parameters=settings, head_dim=2 * len(found)))
         if torch.allclose(found, expected, rtol=1e-4):
             return rope
     raise UserError(f"{gguf} has RoPE factors that are not Llama 3's: convert the original checkpoint.")

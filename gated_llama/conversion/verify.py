@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from gated_llama.errors import VerificationError
@@ -134,9 +134,10 @@ def no_bars_of_transformers():
 @torch.no_grad()
 def _generate(model: PreTrainedModel) -> torch.Tensor:
     ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
-    arguments = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    # Not the checkpoint's own settings: one of the two may lack them.
+    model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     mask = torch.ones_like(ids)
-    return torch.cat([model.generate(ids, attention_mask=mask, use_cache=use, **arguments) for use in (True, False)])
+    return torch.cat([model.generate(ids, attention_mask=mask, use_cache=use) for use in (True, False)])
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.llama_cpp
 xllamacpp = pytest.importorskip("xllamacpp")
 
 NEW = 24
-VARIANTS = ["llama", "llama-3.2", "llama-linear", "mistral", "mistral-full", "qwen2", "qwen3"]
+VARIANTS = ["llama", "llama-3.2", "llama-linear", "llama-yarn", "mistral", "mistral-full", "qwen2", "qwen3"]
 MESSAGES = [{"role": "user", "content": "What is gravity?"}]
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import modeling_gated
 from configuration_gated import GatedLlamaConfig
@@ -86,7 +88,7 @@ def target(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str | None = 
             config.architectures != ["GatedLlamaForCausalLM"]
         ),
         f"RoPE of type {rope['rope_type']!r}, which the export does not know": (
-            rope["rope_type"] not in ("default", "linear", "llama3")
+            rope["rope_type"] not in ("default", "linear", "llama3", "yarn")
         ),
         "scaled RoPE in sliding layers, which llama.cpp does not scale": (
             rope["rope_type"] != "default" and "sliding_attention" in config.attention_types
@@ -191,8 +193,7 @@ def _settings(config: GatedLlamaConfig, scaled_and_full: bool) -> dict:
     }
     if scaled_and_full:
         settings["nextn_predict_layers"] = 1
-    if rope["rope_type"] == "linear":
-        settings |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+        settings["rope.scaling.attn_factor"] = float(rope_factors(config)[1])
     return settings
 
 
@@ -223,9 +224,8 @@ def _planned(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str) -> Ite
             yield one(name, key)
         elif key == "lm_head.weight":  # tied
             yield one(name, "model.embed_tokens.weight")
-    rope = config.rope_parameters
-    if rope["rope_type"] == "llama3":
-        yield "rope_freqs.weight", (config.head_dim // 2,), "F32", partial(llama3_factors, config)
+    if config.rope_parameters["rope_type"] != "default":
+        yield "rope_freqs.weight", (config.head_dim // 2,), "F32", lambda: rope_factors(config)[0]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         fused = f"{prefix}self_attn.q_proj.bias" in checkpoint.tensors
@@ -237,14 +237,12 @@ def _planned(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str) -> Ite
                 yield one(f"blk.{layer}.{name}", prefix + key, scale=scale)
 
 
-def llama3_factors(config: GatedLlamaConfig) -> torch.Tensor:
-    """By how much each frequency is divided (H/2), as Transformers' `_compute_llama3_parameters` divides them."""
+def rope_factors(config: PreTrainedConfig) -> tuple[torch.Tensor, float]:
+    """Of scaled RoPE, by how much each frequency is divided (H/2), and the factor of cosine and sine (YaRN's)."""
     rope, size = config.rope_parameters, config.head_dim
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the old context
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / rope["factor"] + smooth)
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+    plain = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    return plain / frequencies, attention_factor
 
 
 def _vocabulary(folder: Path, config: GatedLlamaConfig) -> dict:
