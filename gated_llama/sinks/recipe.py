@@ -25,6 +25,7 @@ from gated_llama.conversion.families import GATED_TYPES, read_gated_config, reco
 from gated_llama.conversion.verify import no_bars_of_transformers
 from gated_llama.data import cut_windows, mixed_windows, read_documents, shuffled, tokenize, with_returns
 from gated_llama.errors import UserError, VerificationError
+from gated_llama.gates import gate_modules
 from gated_llama.inspection import SENTENCE
 from gated_llama.inspection.measure import measure
 from gated_llama.loading import load, refuse_adapter
@@ -264,7 +265,8 @@ def _take_steps(
 
     def learn(name: str, train: str, tokens: int, penalty: float) -> None:
         rows = windows.cut(tokens, name)
-        distilling = DistilSettings(train, batch_size=settings.batch_size, penalty=penalty)
+        frozen = _layers_with_open_gates(edited) if train == "gates" else ()
+        distilling = DistilSettings(train, batch_size=settings.batch_size, penalty=penalty, frozen=frozen)
 
         def work() -> None:
             distil(edited, base, rows, lengths, distilling, state=run.training, progress=progress)
@@ -281,8 +283,15 @@ def _take_steps(
     if not settings.calm_only:
         # It keeps to a budget of its own, of layers; what it leaves, healing makes good.
         step("moved", fitted.numel(), move, may_be_undone=False)
-        if settings.heal_tokens:  # gates alone cannot calm what is massive
+        moved = len(_layers_with_open_gates(edited)) < edited.config.num_hidden_layers
+        if settings.heal_tokens and moved:  # gates alone cannot calm what is massive
             learn("healed", "gates", settings.heal_tokens, DistilSettings.penalty if calm else 0.0)
+
+
+def _layers_with_open_gates(model: PreTrainedModel) -> tuple[str, ...]:
+    """From which no sink was moved, so there is nothing to make good; as parts of their parameters' names."""
+    gates = gate_modules(model)
+    return tuple(f".layers.{n}." for n in gates if not any(gate.proj.weight.any() for gate in gates[n]))
 
 
 def _inspect(
