@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from configuration_gated import GatedLlamaConfig
@@ -28,6 +29,7 @@ from gated_llama.errors import UserError, VerificationError
 from gated_llama.gates import gate_modules
 from gated_llama.inspection import SENTENCE
 from gated_llama.inspection.measure import measure
+from gated_llama.inspection.quantization import QUANTIZATIONS
 from gated_llama.loading import load, refuse_adapter
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import LATER, Judgement, judge, last_tokens, losses
@@ -333,7 +335,7 @@ class Windows:
             cut = max(1, round((1 - HELD_OUT) * len(tokens[0])))
             tokens = [tokens[0][:cut], tokens[0][cut:]]
         held_out = max(1, round(HELD_OUT * len(tokens)))
-        self.length, self.seed = settings.length, settings.seed
+        self.length, self.seed, self.progress = settings.length, settings.seed, progress
         self.train, self.held_out = (
             torch.tensor([token for document in part for token in document])
             for part in (tokens[:-held_out], tokens[-held_out:])
@@ -364,10 +366,18 @@ class Windows:
         """Windows (B, T) of so many tokens in all, others for each `what`; in half of them passages come back."""
         return self._cut(self.train, max(1, tokens // self.length), what, returns=True)
 
-    def judge(self, model: PreTrainedModel, **settings) -> Judgement:
-        far = losses(model, self.far, 1)[:, self.length :].mean().item()
-        recalled = losses(model, self.recalled, 1)[:, self.length :].mean().item()
-        return replace(judge(model, self.judged, self.calibration, **settings), far=far, recalled=recalled)
+    def judge(self, model: PreTrainedModel, quantizations: tuple[str, ...] = tuple(QUANTIZATIONS)) -> Judgement:
+        passes = 3 + len(quantizations)  # the windows as they are, twice with few keys, quantized
+        tokens = self.far.numel() + self.recalled.numel() + passes * self.judged.numel()
+        tokens += self.calibration.numel() if quantizations else 0
+        with tqdm(total=tokens, desc="measuring", unit=" tokens", disable=not self.progress) as bar:
+            hook = model.get_decoder().register_forward_hook(lambda m, inputs, output: bar.update(inputs[0].numel()))
+            try:
+                far, recalled = (losses(model, rows, 1)[:, self.length :] for rows in (self.far, self.recalled))
+                found = judge(model, self.judged, self.calibration, quantizations=quantizations)
+            finally:
+                hook.remove()
+        return replace(found, far=far.mean().item(), recalled=recalled.mean().item())
 
     def _far(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Tokens of the longer texts: four rows, if model and held-out text have so many."""

@@ -154,26 +154,27 @@ def test_heads(tmp_path, head, gate_type):
     record("vLLM", f"GatedLlama{head}; {gate_type}; plugin; TP 1", f"{what} equal Transformers' within 1e-5", VLLM)
 
 
-@pytest.fixture
-def native(tmp_path):
-    model = gated_model(modeling_gated.GatedLlamaForCausalLM, use_qk_norm=True, **SHAPE)
+@pytest.fixture(params=[True, False], ids=["QK norm", "padded heads"])
+def native(tmp_path, request):
+    model = gated_model(modeling_gated.GatedLlamaForCausalLM, use_qk_norm=request.param, **SHAPE)
     folder = published(tmp_path / "gated", model, old_style=False, tokenizer=True)
     export_checkpoint(folder, tmp_path / "native", to="qwen3_5", progress=False)
-    return tmp_path / "native", greedy(model)
+    kind = "export to Qwen3.5" if request.param else "export to Qwen3.5, padded heads"
+    return tmp_path / "native", greedy(model), kind
 
 
 def test_the_native_export_on_the_transformers_backend(native):
-    folder, expected = native
+    folder, expected, kind = native
     assert served(folder, plugin=False, model_impl="transformers")["RESULT"] == expected
-    record("vLLM", "export to Qwen3.5; Transformers backend, no code of ours; TP 1", "greedy tokens equal ours", VLLM)
+    record("vLLM", f"{kind}; Transformers backend, no code of ours; TP 1", "greedy tokens equal ours", VLLM)
 
 
 def test_the_native_export_on_vllms_own_class(native):
-    folder, expected = native
+    folder, expected, kind = native
     try:
         outcome = "greedy tokens equal ours" if served(folder, plugin=False)["RESULT"] == expected else "other tokens"
     except AssertionError as error:
         reasons = re.findall(r"\w+Error: (?!Error raised in subprocess).+", str(error))
         outcome = f"does not start here: {reasons[0][:200] if reasons else 'no reason given'}"
     print(f"\nnative export: {outcome}")  # recorded whatever it is: nothing here is ours to mend
-    record("vLLM", "export to Qwen3.5; vLLM's own class; TP 1", outcome, VLLM)
+    record("vLLM", f"{kind}; vLLM's own class; TP 1", outcome, VLLM)
