@@ -310,6 +310,20 @@ def test_distillation_trains_what_it_says_and_nothing_else(train):
     assert quick and (changed == quick) == (train == "gates") and not any("q_proj" in name for name in changed)
 
 
+def test_gates_of_layers_from_which_nothing_was_moved_stay_open():
+    model, ids = gated_model(GatedLlamaForCausalLM, trained=False), token_ids(8, 20)
+    add_biases(model)
+    base = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.attn_gate.proj.weight.normal_()
+    before = copy.deepcopy(model.state_dict())
+    frozen = recipe._layers_with_open_gates(model)
+    assert frozen == (".layers.0.", ".layers.2.")
+    distil(model, base, ids, state_lengths(base, ids), DistilSettings("gates", frozen=frozen))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("model.layers.1.self_attn.") for name in changed)
+
+
 @torch.no_grad()
 def test_a_judgement_of_a_model_that_looks_at_its_first_token_alone():
     model = gated_model(GatedLlamaForCausalLM, num_hidden_layers=1).double()
@@ -514,6 +528,16 @@ def test_a_model_that_forgot_to_look_back_is_not_returned(plain, monkeypatch, na
         )
     assert f"calmed was undone: the loss {what} rose" in told[-1]
     assert asked[0][0] > 128 and asked[0][1] == 256 and not list(plain.glob("far*"))
+
+
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_a_model_from_which_no_sink_was_moved_is_not_returned(plain, monkeypatch):
+    settings = DesinkSettings(move_tokens=512, heal_tokens=128, length=128, batch_size=2, judged_windows=4)
+    real = recipe.move_sinks
+    monkeypatch.setattr(recipe, "move_sinks", lambda *args, **kw: real(*args, MoveSettings(min_sink=2.0), **kw))
+    with pytest.raises(VerificationError, match="no head has a sink that is large enough"):
+        desink_checkpoint(plain / "plain", [plain / "text.jsonl"], plain / "same", settings, progress=False)
+    assert not (plain / "same").exists()
 
 
 def test_passages_come_back_in_another_order():

@@ -276,7 +276,10 @@ def _take_steps(
         step(name, rows.numel(), work, may_be_undone=True)
 
     def move() -> None:
-        announce(str(move_sinks(edited, fitted, sinks=sink_tokens(lengths), progress=progress)))
+        found = move_sinks(edited, fitted, sinks=sink_tokens(lengths), progress=progress)
+        announce(str(found))
+        if not calm and not any(head.moved for head in found.heads):
+            raise VerificationError("no head has a sink that is large enough, and fits well enough, to be moved.")
         as_in_main(edited)
 
     if settings.calm_tokens:
