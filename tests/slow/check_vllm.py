@@ -163,18 +163,29 @@ def native(tmp_path, request):
     return tmp_path / "native", greedy(model), kind
 
 
+def outcome_of(folder, expected, **settings) -> str:
+    try:
+        equal = served(folder, plugin=False, **settings)["RESULT"] == expected
+        return "greedy tokens equal ours" if equal else "other tokens"
+    except AssertionError as error:
+        reasons = re.findall(r"\w+Error: (?!Error raised in subprocess|EngineCore)[^\n]+", str(error))
+        reason = (
+            re.sub(r"Worker failed with error '(.+)', please.*", r"\1", reasons[0]) if reasons else "no reason given"
+        )
+        return f"does not run here: {reason[:200]}"
+
+
 def test_the_native_export_on_the_transformers_backend(native):
     folder, expected, kind = native
-    assert served(folder, plugin=False, model_impl="transformers")["RESULT"] == expected
-    record("vLLM", f"{kind}; Transformers backend, no code of ours; TP 1", "greedy tokens equal ours", VLLM)
+    outcome = outcome_of(folder, expected, model_impl="transformers")
+    print(f"\n{kind}: {outcome}")
+    # The CPU's attention has heads of some sizes alone, and those of padded heads are not among them.
+    assert outcome == "greedy tokens equal ours" or ("padded" in kind and "Unsupported CPU attention" in outcome)
+    record("vLLM", f"{kind}; Transformers backend, no code of ours; TP 1", outcome, VLLM)
 
 
 def test_the_native_export_on_vllms_own_class(native):
     folder, expected, kind = native
-    try:
-        outcome = "greedy tokens equal ours" if served(folder, plugin=False)["RESULT"] == expected else "other tokens"
-    except AssertionError as error:
-        reasons = re.findall(r"\w+Error: (?!Error raised in subprocess).+", str(error))
-        outcome = f"does not start here: {reasons[0][:200] if reasons else 'no reason given'}"
-    print(f"\nnative export: {outcome}")  # recorded whatever it is: nothing here is ours to mend
+    outcome = outcome_of(folder, expected)
+    print(f"\n{kind}: {outcome}")  # recorded whatever it is: nothing here is ours to mend
     record("vLLM", f"{kind}; vLLM's own class; TP 1", outcome, VLLM)
