@@ -92,34 +92,15 @@ def run_real(args: argparse.Namespace) -> None:
     print(f"To make it better by training: gated-llama desink {args.model} OUT --text YOUR.jsonl")
 
 
-def run_small(args: argparse.Namespace) -> None:
-    started = time.monotonic()
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+def train_small(tokenizer, texts: list[str], steps: int, folder: Path) -> None:
+    """A small Llama, from scratch."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    import modeling_gated  # noqa: F401  (registers the Auto classes)
-    from gated_llama import (
-        FinetuneSettings,
-        GatedTrainer,
-        convert_checkpoint,
-        finetune_checkpoint,
-        measure,
-        token_windows,
-    )
+    from gated_llama import GatedTrainer
     from gated_llama.data import pack, tokenize
-    from gated_llama.scripts.inspect_model import print_gates, print_models
     from gated_llama.training.trainer import training_arguments
 
-    base, gated, tuned = (args.output / name for name in ("base", "gated", "gated-tuned"))
-    for folder in (base, gated, tuned):
-        shutil.rmtree(folder, ignore_errors=True)
-
-    heading(1, "A small Llama learns from the Python standard library")
-    texts = standard_library()
-    tokenizer = train_tokenizer(texts)
-    data, eval_data = args.output / "train.jsonl", args.output / "eval.jsonl"
-    write_lines(data, texts[5:])
-    write_lines(eval_data, texts[:5])
-    rows = pack(tokenize(tokenizer, texts[5:]), BLOCK)
+    rows = pack(tokenize(tokenizer, texts), BLOCK)
     set_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -135,12 +116,10 @@ def run_small(args: argparse.Namespace) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    print(
-        f"{model.num_parameters():,} parameters, {rows.tokens:,} tokens of text; {args.steps} steps of {BATCH * BLOCK}"
-    )
+    print(f"{model.num_parameters():,} parameters, {rows.tokens:,} tokens of text; {steps} steps of {BATCH * BLOCK}")
     arguments = training_arguments(
-        base,
-        max_steps=args.steps,
+        folder,
+        max_steps=steps,
         per_device_train_batch_size=BATCH,
         learning_rate=6e-3,
         weight_decay=0.1,
@@ -148,8 +127,35 @@ def run_small(args: argparse.Namespace) -> None:
         save_strategy="no",
     )
     GatedTrainer(model, arguments, train_dataset=rows).train()
-    model.save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def run_small(args: argparse.Namespace) -> None:
+    started = time.monotonic()
+    from transformers import AutoModelForCausalLM
+
+    import modeling_gated  # noqa: F401  (registers the Auto classes)
+    from gated_llama import (
+        FinetuneSettings,
+        convert_checkpoint,
+        finetune_checkpoint,
+        measure,
+        token_windows,
+    )
+    from gated_llama.scripts.inspect_model import print_gates, print_models
+
+    base, gated, tuned = (args.output / name for name in ("base", "gated", "gated-tuned"))
+    for folder in (base, gated, tuned):
+        shutil.rmtree(folder, ignore_errors=True)
+
+    heading(1, "A small Llama learns from the Python standard library")
+    texts = standard_library()
+    tokenizer = train_tokenizer(texts)
+    data, eval_data = args.output / "train.jsonl", args.output / "eval.jsonl"
+    write_lines(data, texts[5:])
+    write_lines(eval_data, texts[:5])
+    train_small(tokenizer, texts[5:], args.steps, base)
 
     heading(2, "Conversion: gates are added, nothing changes")
     result = convert_checkpoint(base, gated)

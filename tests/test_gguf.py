@@ -137,9 +137,10 @@ def test_frequencies_are_those_of_transformers(tmp_path, variant):
     size = model.config.head_dim
     plain = model.config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2) / size)
     rotary = model.model.rotary_emb
-    torch.testing.assert_close(plain / file.tensors["rope_freqs.weight"], rotary.inv_freq, rtol=1e-6, atol=0)
+    # A quotient of fp32, and one of that: two roundings of 6e-8, and that of the power.
+    torch.testing.assert_close(plain / file.tensors["rope_freqs.weight"], rotary.inv_freq, rtol=2e-7, atol=0)
     assert file.tensors["rope_freqs.weight"].max() > 1.5  # something is scaled
-    assert file.keys["step35.rope.scaling.attn_factor"] == pytest.approx(rotary.attention_scaling)
+    assert file.keys["step35.rope.scaling.attn_factor"] == np.float32(rotary.attention_scaling)
     assert (rotary.attention_scaling > 1.1) == (variant == "llama-yarn")
 
 

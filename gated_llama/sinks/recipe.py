@@ -19,7 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from configuration_gated import GatedLlamaConfig
 from gated_llama.checkpoints.card import desinking_card
-from gated_llama.checkpoints.folder import Source, find_source, new_folder, read_checkpoint, refuse_nesting
+from gated_llama.checkpoints.folder import (
+    Checkpoint,
+    Source,
+    find_source,
+    new_folder,
+    read_checkpoint,
+    refuse_nesting,
+)
 from gated_llama.checkpoints.measurements import INSPECTION, read_measurements, write_measurements
 from gated_llama.conversion.convert import convert_checkpoint
 from gated_llama.conversion.families import GATED_TYPES, read_gated_config, recognise
@@ -168,23 +175,24 @@ def desink_checkpoint(
         dtype = read_gated_config(checkpoint.config, str(run.gated)).dtype or torch.float32
         edited.to(dtype).float()  # what is saved is what is measured
         result.steps[-1] = replace(result.steps[-1], judgement=judge(edited))
-        if dear := _too_dear(result.before, result.after, settings.max_loss):
-            raise VerificationError(
-                f"{dear}: give more text of the kind that the model is for, more tokens, a larger --length, or a "
-                "larger --max-loss."
-            )
+        _refuse_if_too_dear(result, settings)
         if settings.sliding_window:
             result = replace(result, sliding=windows.judge_sliding(base, edited, settings.sliding_window))
         if main:
             _inspect(base, edited, tokenizer, windows, result, folder / INSPECTION.parent, progress)
             if settings.sliding_window:
                 let_slide(edited.config, settings.sliding_window)
-            edited.to(dtype).save_pretrained(folder)
-            checkpoint.copy_carried(folder)
-            GATED_TYPES[edited.config.model_type].copy_code(folder)
             card = desinking_card(result, found, edited.config, asdict(settings), text)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            _write(edited.to(dtype), checkpoint, card, folder)
     return result
+
+
+def _write(model: PreTrainedModel, origin: Checkpoint, card: str, folder: Path) -> None:
+    """The model, what else `origin` has, the code and the card."""
+    model.save_pretrained(folder)
+    origin.copy_carried(folder)
+    GATED_TYPES[model.config.model_type].copy_code(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _refuse_unsuited(found: Source, settings: DesinkSettings) -> None:
@@ -200,6 +208,14 @@ def _refuse_if_nothing_held(result: DesinkResult, settings: DesinkSettings) -> N
         raise VerificationError(
             f"every step cost more than {settings.max_loss:.2%} of loss: give more text of the kind that the model "
             "is for, or a larger --max-loss."
+        )
+
+
+def _refuse_if_too_dear(result: DesinkResult, settings: DesinkSettings) -> None:
+    if dear := _too_dear(result.before, result.after, settings.max_loss):
+        raise VerificationError(
+            f"{dear}: give more text of the kind that the model is for, more tokens, a larger --length, or a larger "
+            "--max-loss."
         )
 
 
@@ -288,8 +304,7 @@ def _take_steps(
     if not settings.calm_only:
         # It keeps to a budget of its own, of layers; what it leaves, healing makes good.
         step("moved", fitted.numel(), move, may_be_undone=False)
-        moved = len(_layers_with_open_gates(edited)) < edited.config.num_hidden_layers
-        if settings.heal_tokens and moved:  # gates alone cannot calm what is massive
+        if settings.heal_tokens:  # gates alone cannot calm what is massive
             learn("healed", "gates", settings.heal_tokens, DistilSettings.penalty if calm else 0.0)
 
 

@@ -77,7 +77,6 @@ def target(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str | None = 
     own = OF_DTYPE.get(config.dtype or torch.float32)
     kind = kind or own
     rope = config.rope_parameters
-    full = "full_attention" in config.attention_types
     refused = {
         f"elementwise gates, and {ARCHITECTURE} has headwise ones": config.gate_type != "headwise",
         f"biases of its gates, which {ARCHITECTURE} has not": config.gate_bias,
@@ -99,11 +98,10 @@ def target(checkpoint: Checkpoint, config: GatedLlamaConfig, kind: str | None = 
     if kind not in GGUF_TYPES:
         raise UserError(f"there is no GGUF type {kind!r}: {', '.join(GGUF_TYPES)} are.")
     vocabulary = _vocabulary(where, config)
-    scaled_and_full = full and rope["rope_type"] != "default"
     return Target(
         config=None,
         plans={},
-        write=partial(_write, checkpoint, config, kind, vocabulary, scaled_and_full),
+        write=partial(_write, checkpoint, config, kind, vocabulary),
         load=partial(_load, config),
         # Nothing is rounded in fp32, nor in the checkpoint's own dtype if the scale in o_proj is a power of two.
         expect="rounding" if kind == "f32" or (kind == own and math.log2(config.gate_scale) % 1 == 0) else "reported",
@@ -115,7 +113,6 @@ def _write(
     config: GatedLlamaConfig,
     kind: str,
     vocabulary: dict,
-    scaled_and_full: bool,
     folder: Path,
     progress: bool,
 ) -> None:
@@ -125,7 +122,7 @@ def _write(
     writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURE)
     writer.add_type("model")
     writer.add_name(folder.name.strip(".").partition(".partial")[0])
-    for key, value in _settings(config, scaled_and_full).items():
+    for key, value in _settings(config).items():
         _add(writer, f"{ARCHITECTURE}.{key}", value)
     for key, value in vocabulary.items():
         _add(writer, key, value)
@@ -164,16 +161,17 @@ def _add(writer, key: str, value) -> None:
         writer.add_array(key, value)
 
 
-def _settings(config: GatedLlamaConfig, scaled_and_full: bool) -> dict:
+def _settings(config: GatedLlamaConfig) -> dict:
     """
     The architecture needs a sliding layer. Where all see all tokens and RoPE is plain, all are sliding ones, and their
     window is the context; where RoPE is scaled, which it is not in sliding layers, a last one is that has no tensors.
     """
     rope, layers = config.rope_parameters, config.num_hidden_layers
     sliding = [kind == "sliding_attention" for kind in config.attention_types]
-    pattern = [*sliding, True] if scaled_and_full else sliding if any(sliding) else [True] * layers
+    scaled = rope["rope_type"] != "default"  # and then all layers see all tokens
+    pattern = [*sliding, True] if scaled else sliding if any(sliding) else [True] * layers
     settings = {
-        "block_count": layers + scaled_and_full,
+        "block_count": layers + scaled,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
@@ -191,7 +189,7 @@ def _settings(config: GatedLlamaConfig, scaled_and_full: bool) -> dict:
         "rope.dimension_count": 2 * config.head_dim,  # which the architecture halves in full layers
         "rope.dimension_count_swa": config.head_dim,
     }
-    if scaled_and_full:
+    if scaled:
         settings["nextn_predict_layers"] = 1
         settings["rope.scaling.attn_factor"] = float(rope_factors(config)[1])
     return settings
