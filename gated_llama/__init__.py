@@ -31,9 +31,9 @@ if TYPE_CHECKING:  # so that editors see the names that come lazily
     from gated_llama.merge import MergeResult as MergeResult
     from gated_llama.merge import merge_adapter as merge_adapter
     from gated_llama.sinks.move import move_sinks as move_sinks
-    from gated_llama.sinks.recipe import DesinkSettings as DesinkSettings
     from gated_llama.sinks.recipe import desink_checkpoint as desink_checkpoint
     from gated_llama.sinks.result import DesinkResult as DesinkResult
+    from gated_llama.sinks.settings import DesinkSettings as DesinkSettings
     from gated_llama.training.finetune import FinetuneResult as FinetuneResult
     from gated_llama.training.finetune import FinetuneSettings as FinetuneSettings
     from gated_llama.training.finetune import finetune_checkpoint as finetune_checkpoint
@@ -47,7 +47,7 @@ __version__ = "0.1.0"
 _HOME = {
     "ConversionResult": "conversion.convert",
     "DesinkResult": "sinks.result",
-    "DesinkSettings": "sinks.recipe",
+    "DesinkSettings": "sinks.settings",
     "ExportResult": "conversion.export",
     "FinetuneResult": "training.finetune",
     "FinetuneSettings": "training.finetune",

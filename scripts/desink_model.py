@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from dataclasses import fields
 
-    from gated_llama.sinks.recipe import DesinkSettings, desink_checkpoint
+    from gated_llama.sinks.recipe import desink_checkpoint
+    from gated_llama.sinks.settings import DesinkSettings
 
     first = os.environ.get("RANK", "0") == "0"
     result = desink_checkpoint(

@@ -19,6 +19,7 @@ from gated_llama.inspection.attention import capture_attention
 from gated_llama.inspection.quantization import quantized
 from gated_llama.scripts.cli import main
 from gated_llama.sinks import recipe
+from gated_llama.sinks.budget import divergence_saved, undo_fewest, weights_of_attention
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, last_tokens, losses
 from gated_llama.sinks.layers import Lengths, attend, rotary_of, sink_tokens, state_lengths
@@ -232,6 +233,26 @@ def test_layers_are_undone_until_the_budget_is_kept():
         held_out = ids[-3:]
         assert losses(edited, held_out).mean().item() == pytest.approx(found.loss_after, abs=1e-5)
     assert len(found.undone) == 3 and "undone" in str(found)
+
+
+@torch.no_grad()
+def test_what_a_layer_costs_is_what_its_old_weights_save():
+    base = gated_model(GatedLlamaForCausalLM)
+    base.lm_head.weight *= 10
+    edited, before = copy.deepcopy(base), [weights_of_attention(layer) for layer in base.model.layers]
+    for number, factor in ((0, 1.5), (2, 9.0)):
+        edited.model.layers[number].self_attn.o_proj.weight *= factor
+    made = copy.deepcopy(edited.state_dict())
+    saved = divergence_saved(edited, base, token_ids(2, 30), before, [0, 1, 2])
+    assert saved[1] == 0 < saved[0] < saved[2]
+    assert all(torch.equal(value, made[name]) for name, value in edited.state_dict().items())
+
+    def as_before(number: int) -> bool:
+        pair = (model.model.layers[number].self_attn.o_proj.weight for model in (edited, base))
+        return torch.equal(*pair)
+
+    assert undo_fewest(edited, before, [1, 2, 0], lambda: as_before(2)) == [1, 2] and not as_before(0)
+    assert undo_fewest(edited, before, [1, 2, 0], lambda: False) == [0, 1, 2] and as_before(0)  # all is the most
 
 
 @torch.no_grad()
@@ -528,6 +549,51 @@ def test_a_model_that_forgot_to_look_back_is_not_returned(plain, monkeypatch, na
         )
     assert f"calmed was undone: the loss {what} rose" in told[-1]
     assert asked[0][0] > 128 and asked[0][1] == 256 and not list(plain.glob("far*"))
+
+
+@pytest.mark.parametrize(("budget", "given_back"), [(9.0, None), (0.5, "1"), (0.05, "all")])
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_layers_that_cost_too_much_are_given_back(plain, monkeypatch, budget, given_back):
+    """A move that ruins layer 1 above all, of a model whose loss tells which layers are not as they were."""
+    old = load_file(plain / "plain" / "model.safetensors")
+    real_move, real_judge = recipe.move_sinks, recipe.Windows.judge
+
+    @torch.no_grad()
+    def move(model, *args, **keywords):
+        found = real_move(model, *args, MoveSettings(min_sink=0.0, max_error=1e9), **keywords)
+        for number, layer in enumerate(model.model.layers):
+            layer.self_attn.k_proj.weight *= 1.1
+            layer.self_attn.o_proj.weight *= 30 if number == 1 else 1.1
+        return found
+
+    def is_changed(weights: dict, number: int) -> bool:
+        name = f"model.layers.{number}.self_attn.o_proj.weight"
+        return not torch.equal(weights[name].bfloat16(), old[name])
+
+    def loss(self, model, name: str) -> float:
+        weights = model.state_dict()
+        return 1.0 + sum(cost * is_changed(weights, number) for number, cost in enumerate((0.1, 1.0, 0.1)))
+
+    def judged(self, model, **settings):
+        return replace(real_judge(self, model, **settings), loss=loss(self, model, "loss"))
+
+    monkeypatch.setattr(recipe, "move_sinks", move)
+    monkeypatch.setattr(recipe.Windows, "loss", loss)
+    monkeypatch.setattr(recipe.Windows, "judge", judged)
+    settings = DesinkSettings(max_loss=budget, move_tokens=512, heal_tokens=0, length=128)
+    output = plain / f"given-back-{given_back}"
+    run = partial(desink_checkpoint, plain / "plain", [plain / "text.jsonl"], output, settings, progress=False)
+    if given_back == "all":
+        with pytest.raises(VerificationError, match="to move the sink of any layer costs more than 5.00% of loss"):
+            run()
+        assert not list(plain.glob(f"{output.name}*"))
+        return
+    result = run()
+    assert [step.note for step in result.steps] == ([""] if given_back is None else ["", given_back])
+    made = load_file(output / "model.safetensors")
+    assert [is_changed(made, number) for number in range(3)] == [True, given_back is None, True]
+    card = (output / "README.md").read_text()
+    assert ("| layers given back: 1 |" in card) == (given_back is not None)
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")

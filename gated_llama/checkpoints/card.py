@@ -276,10 +276,7 @@ def desinking_card(result, source: Source, config: GatedLlamaConfig, asked: dict
         result=result,
         steps=[
             ("base", "", result.before),
-            *(
-                (f"{step.name}, undone" if step.undone else step.name, f"{step.tokens:,}", step.judgement)
-                for step in result.steps
-            ),
+            *((step.title, f"{step.tokens:,}", step.judgement) for step in result.steps),
         ],
         library="transformers",
         auto_class=AUTO_CLASSES[config.architectures[0]],

@@ -117,12 +117,27 @@ def judge(
     """
     model.eval()
     full, attention_and_states = _attention_and_states(model, windows, batch_size)
-    loss, penalties, costs = full.mean().item(), {}, []
-    for name in quantizations:
-        how, bits = QUANTIZATIONS[name]
-        with quantized(model, how, partial(losses, model, calibration), bits):
-            penalties[name] = losses(model, windows, batch_size).mean().item() - loss
+    penalties, costs = quantization_costs(model, windows, calibration, quantizations, batch_size), []
     for and_first in (False, True):
         seen = last_tokens(windows.shape[1], LATER, and_first=and_first)
         costs.append((losses(model, windows, batch_size, seen) - full)[:, LATER:].mean().item())
-    return Judgement(loss, *attention_and_states, penalties, *costs)
+    return Judgement(full.mean().item(), *attention_and_states, penalties, *costs)
+
+
+@torch.no_grad()
+def quantization_costs(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    calibration: torch.Tensor,
+    names: tuple[str, ...] = tuple(QUANTIZATIONS),
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """In nats a token, by the names of `QUANTIZATIONS`; arguments as those of [`judge`]."""
+    if not names:
+        return {}
+    usual, costs = losses(model, windows, batch_size).mean().item(), {}
+    for name in names:
+        how, bits = QUANTIZATIONS[name]
+        with quantized(model, how, partial(losses, model, calibration), bits):
+            costs[name] = losses(model, windows, batch_size).mean().item() - usual
+    return costs

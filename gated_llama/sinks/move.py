@@ -25,6 +25,7 @@ from gated_llama.errors import UserError
 from gated_llama.gates import gate_values
 from gated_llama.inspection.attention import decoder_layers, has_experts
 from gated_llama.inspection.losses import token_losses
+from gated_llama.sinks.budget import undo_fewest, weights_of_attention
 from gated_llama.sinks.judge import losses
 from gated_llama.sinks.layers import Attended, attend, embed, rotary_of, sink_tokens, state_lengths
 
@@ -141,7 +142,7 @@ def move_sinks(
     fits, costs, before = [], [], []
     layers = decoder_layers(model)
     for number in tqdm(range(len(layers)), desc="moving sinks", unit=" layers", disable=not progress):
-        before.append(_editable(layers[number]))
+        before.append(weights_of_attention(layers[number]))
         with _placed(layers[number], device) as layer:
             edit = _LayerEdit(layer, rotary, sinks[number], judged, settings)
             fits += [HeadFit(number, *row) for row in edit.move(base, edited)]
@@ -150,7 +151,13 @@ def move_sinks(
     loss_before, loss_after = (_loss(model, states[-judged:], windows[-judged:]) for states in (base, edited))
     undone, most = [], (1 + settings.max_loss) * loss_before
     if not loss_after <= most:
-        undone, loss_after = _undo(model, windows[-judged:], before, costs, most)
+        order = sorted((number for number, cost in enumerate(costs) if cost), key=lambda number: -costs[number])
+
+        def loss() -> float:
+            return losses(model, windows[-judged:], batch_size=1).mean().item()
+
+        undone = undo_fewest(model, before, order, lambda: loss() <= most)
+        loss_after = loss()
         fits = [replace(fit, moved=fit.moved and fit.layer not in undone) for fit in fits]
     return Moved(fits, loss_before, loss_after, undone)
 
@@ -194,11 +201,6 @@ def _check(model: PreTrainedModel, windows: torch.Tensor) -> None:
         )
 
 
-def _editable(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of what an edit may change."""
-    return {name: value.clone() for name, value in layer.state_dict().items() if not name.startswith("mlp.")}
-
-
 @contextmanager
 def _placed(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """Context manager: the layer is on `device`, in fp32 or finer, and goes back afterwards."""
@@ -218,25 +220,6 @@ def _loss(model: PreTrainedModel, states: torch.Tensor, windows: torch.Tensor) -
         for rows, ids in zip(states, windows, strict=True)
     ]
     return torch.cat(found).mean().item()
-
-
-def _undo(
-    model: PreTrainedModel, windows: torch.Tensor, before: list[dict], costs: list[float], most: float
-) -> tuple[list[int], float]:
-    """Give the fewest layers back what they were `before`, costliest first, with which the loss is `most` or less."""
-    layers, made = decoder_layers(model), [_editable(layer) for layer in decoder_layers(model)]
-    order = sorted((number for number, cost in enumerate(costs) if cost), key=lambda number: -costs[number])
-
-    def loss_without(count: int) -> float:
-        for place, number in enumerate(order):
-            layers[number].load_state_dict((before if place < count else made)[number], strict=False)
-        return losses(model, windows, batch_size=1).mean().item()
-
-    low, high = 0, len(order)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if loss_without(middle) <= most else (middle, high)
-    return sorted(order[:high]), loss_without(high)
 
 
 class _LayerEdit:
@@ -268,7 +251,7 @@ class _LayerEdit:
         good = torch.zeros_like(value[:, 0]).bool()
         chosen = (sink.view(-1, self.groups) >= settings.min_sink).any(1) & bool(len(firsts))  # (K)
         if chosen.any():
-            before = _editable(self.layer)
+            before = weights_of_attention(self.layer)
             self.scale_hidden(seen)
             self.edit_keys(seen, chosen)
             now = self.attend(edited)

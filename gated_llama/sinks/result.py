@@ -14,6 +14,11 @@ class Step:
     seconds: float
     undone: bool  # it cost more than it may
     judgement: Judgement  # after it
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.name + (f": {self.note}" if self.note else "") + (", undone" if self.undone else "")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from gated_llama.checkpoints.folder import read_json
 from gated_llama.errors import UserError, VerificationError
+from gated_llama.inspection.attention import decoder_layers
 from gated_llama.runs import begin_record, resume_record
+from gated_llama.sinks.budget import weights_of_attention
 from gated_llama.sinks.distil import process_of, write_whole
 from gated_llama.sinks.result import DesinkResult
 
@@ -31,6 +33,7 @@ class Unfinished:
         self.record = self.folder / "desink.json"
         self.gated = self.folder / "gated"  # the base, converted
         self.steps = 0
+        self._unmoved = self.folder / "unmoved.safetensors"
 
     @property
     def weights(self) -> Path:
@@ -40,6 +43,20 @@ class Unfinished:
     def training(self) -> Path:
         """The file with the training state of the current step."""
         return self.folder / f"{self.steps}-training.safetensors"
+
+    def keep_unmoved(self, model: PreTrainedModel) -> None:
+        """Keep what moving a sink may change, so that layers can be given it back."""
+        if process_of()[0] == 0:
+            layers = enumerate(map(weights_of_attention, decoder_layers(model)))
+            write_whole(self._unmoved, {f"{n} {name}": value for n, layer in layers for name, value in layer.items()})
+
+    def unmoved(self) -> list[dict[str, torch.Tensor]]:
+        """Layer by layer, what was kept."""
+        layers: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in load_file(self._unmoved).items():
+            number, name = name.split()
+            layers.setdefault(int(number), {})[name] = value
+        return [layers[number] for number in sorted(layers)]
 
     @contextmanager
     def opened(self, asked: dict, *, resume: bool, force: bool) -> Iterator[None]:

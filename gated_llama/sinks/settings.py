@@ -1,0 +1,62 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What `desink` is to do, and how much text it spends on that."""
+
+from dataclasses import dataclass
+
+from gated_llama.errors import UserError
+from gated_llama.sinks.judge import LATER
+
+
+@dataclass(frozen=True)
+class DesinkSettings:
+    """
+    What to do, and how much text to spend on it.
+
+    Attributes:
+        calm_only: leave the sink where it is; only massive states become calm.
+        max_loss: the share by which the loss on held-out text may rise.
+        calm_tokens: on which all layers are distilled from the base, with a penalty on massive states; 0 leaves these
+            as they are, since on two cores calming cost long texts more than it may (docs/sinks.md).
+        move_tokens: on which keys, values and gates are fitted in closed form.
+        heal_tokens: on which the gates are distilled from the base afterwards; or 0.
+        sliding_window: let every layer of the result see so many tokens only, for streams in constant memory; None
+            leaves the layers as they are.
+        length, batch_size: tokens of a row; rows of a step, in each process. What is fitted to short rows forgets
+            to look back further, so the budget holds for texts four times as long too, and for passages that come back
+            in texts twice as long.
+        judged_windows: of held-out text, that are measured on.
+    """
+
+    calm_only: bool = False
+    max_loss: float = 0.01
+    calm_tokens: int = 0
+    move_tokens: int = 32_768
+    heal_tokens: int = 98_304
+    sliding_window: int | None = None
+    length: int = 2_048
+    batch_size: int = 1
+    judged_windows: int = 4
+    seed: int = 0
+
+    def check(self) -> None:
+        """
+        Check the settings.
+
+        Raises:
+            UserError: a setting has a value that it cannot have.
+        """
+        for name in ("move_tokens", "length", "batch_size", "judged_windows"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be more than 0, not {getattr(self, name)}.")
+        if self.length < 2 * LATER:
+            raise UserError(f"length must be at least {2 * LATER}, not {self.length}: sinks are seen by later tokens.")
+        if self.move_tokens < 2 * self.length:
+            raise UserError(f"move_tokens must be at least two rows, {2 * self.length}, not {self.move_tokens}.")
+        if not self.max_loss >= 0 or self.heal_tokens < 0 or self.calm_tokens < 0:
+            raise UserError("max_loss, calm_tokens and heal_tokens must not be negative.")
+        if self.calm_only and not self.calm_tokens:
+            raise UserError("calm_only with calm_tokens 0 leaves nothing to do: give calm_tokens.")
+        if self.sliding_window is not None and self.calm_only:
+            raise UserError("a model that keeps its sink cannot slide: leave out calm_only or sliding_window.")
+        if self.sliding_window is not None and self.sliding_window < LATER:
+            raise UserError(f"sliding_window must be at least {LATER}, not {self.sliding_window}.")

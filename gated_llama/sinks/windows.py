@@ -1,0 +1,120 @@
+# Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The text of a run of `desink`: what is fitted on, and what is held out and measured on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gated_llama.data import cut_windows, mixed_windows, read_documents, shuffled, tokenize, with_returns
+from gated_llama.errors import UserError
+from gated_llama.inspection.quantization import QUANTIZATIONS
+from gated_llama.sinks.judge import Judgement, judge, last_tokens, losses, quantization_costs
+from gated_llama.sinks.result import Sliding
+from gated_llama.sinks.settings import DesinkSettings
+
+
+HELD_OUT = 0.05  # of the documents; they are what is measured on
+LEAST_WINDOWS = 16  # of different text that the shortest text must fill
+FAR_WINDOWS = 2  # of text longer than the rows
+LONG_WINDOWS = 4  # on which it is measured what it costs to slide
+
+
+class Windows:
+    """
+    Windows of a text, half of them cut anywhere, half with a token in front with which texts may begin: each special
+    token in turn, so that nothing is fitted to one beginning. Some documents are held out, and measured on. Of those
+    that are fitted on, in half passages come back: a head that looks something up seldom does in plain text, and when
+    it does not, it attends to a sink.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: list[str], settings: DesinkSettings, progress: bool):
+        documents = shuffled(read_documents(text), settings.seed)
+        tokens = tokenize(tokenizer, documents, progress=progress)
+        if len(tokens) == 1:  # one long text: its end is held out
+            cut = max(1, round((1 - HELD_OUT) * len(tokens[0])))
+            tokens = [tokens[0][:cut], tokens[0][cut:]]
+        held_out = max(1, round(HELD_OUT * len(tokens)))
+        self.length, self.seed, self.progress = settings.length, settings.seed, progress
+        self.train, self.held_out = (
+            torch.tensor([token for document in part for token in document])
+            for part in (tokens[:-held_out], tokens[-held_out:])
+        )
+        if len(self.train) < LEAST_WINDOWS * self.length or len(self.held_out) <= 2 * self.length:
+            raise UserError(
+                f"{', '.join(text)} has {len(self.train) + len(self.held_out):,} tokens, too few to fit on and to "
+                f"measure on: give at least {2 * LEAST_WINDOWS * self.length:,} in several documents."
+            )
+        names = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+        self.beginnings = list(dict.fromkeys(token for token in names if token is not None))
+        self.long = 4 * (settings.sliding_window or 0)  # tokens of the texts on which sliding is measured
+        if len(self.held_out) <= self.long:
+            raise UserError(
+                f"the held-out text has {len(self.held_out):,} tokens, too few to measure what sliding costs: give "
+                f"{round(self.long / HELD_OUT):,} and more, or a smaller sliding_window."
+            )
+        self.far = cut_windows(self.held_out, FAR_WINDOWS, self._far(tokenizer), f"{self.seed} far")
+        twice = cut_windows(self.held_out, FAR_WINDOWS, 2 * self.length, f"{self.seed} recalled")
+        self.recalled = with_returns(twice, f"{self.seed} recalled")
+        self.judged = self._cut(self.held_out, settings.judged_windows, "judge")
+        self.calibration = self._cut(self.train, 8, "calibration")
+
+    def __str__(self) -> str:
+        return f"{len(self.train):,} tokens of text and {len(self.held_out):,} held out"
+
+    def cut(self, tokens: int, what: str, length: int | None = None) -> torch.Tensor:
+        """Windows (B, T) of so many tokens in all, others for each `what`; in half of them passages come back."""
+        length = min(length or self.length, self.length)
+        return self._cut(self.train, max(1, tokens // length), what, length, returns=True)
+
+    def judge(self, model: PreTrainedModel, quantizations: tuple[str, ...] = tuple(QUANTIZATIONS)) -> Judgement:
+        passes = 3 + len(quantizations)  # the windows as they are, twice with few keys, quantized
+        tokens = self.far.numel() + self.recalled.numel() + passes * self.judged.numel()
+        tokens += self.calibration.numel() if quantizations else 0
+        with self._bar(model, tokens):
+            far, recalled = (self.loss(model, name) for name in ("far", "recalled"))
+            found = judge(model, self.judged, self.calibration, quantizations=quantizations)
+        return replace(found, far=far, recalled=recalled)
+
+    def loss(self, model: PreTrainedModel, name: str) -> float:
+        """One of the losses of a [`Judgement`], by its field: "loss", "far" or "recalled"."""
+        if name == "loss":
+            return losses(model, self.judged, 1).mean().item()
+        return losses(model, {"far": self.far, "recalled": self.recalled}[name], 1)[:, self.length :].mean().item()
+
+    def quantization_costs(self, model: PreTrainedModel) -> dict[str, float]:
+        with self._bar(model, (1 + len(QUANTIZATIONS)) * self.judged.numel() + self.calibration.numel()):
+            return quantization_costs(model, self.judged, self.calibration)
+
+    @contextmanager
+    def _bar(self, model: PreTrainedModel, tokens: int) -> Iterator[None]:
+        """Context manager: forwards of so many tokens in all are shown as they pass."""
+        with tqdm(total=tokens, desc="measuring", unit=" tokens", disable=not self.progress) as bar:
+            hook = model.get_decoder().register_forward_hook(lambda m, inputs, output: bar.update(inputs[0].numel()))
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    def _far(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Tokens of the longer texts: four rows, if model and held-out text have so many."""
+        return min(4 * self.length, max(2 * self.length, tokenizer.model_max_length), len(self.held_out) - 1)
+
+    def judge_sliding(self, base: PreTrainedModel, edited: PreTrainedModel, window: int) -> Sliding:
+        """Losses with and without a window, on texts four times as long as the window."""
+        rows = cut_windows(self.held_out, LONG_WINDOWS, self.long, f"{self.seed} sliding")
+        found = [
+            losses(model, rows, 1, seen).mean().item()
+            for model in (base, edited)
+            for seen in (None, last_tokens(self.long, window))
+        ]
+        return Sliding(window, *found)
+
+    def _cut(
+        self, tokens: torch.Tensor, count: int, what: str, length: int | None = None, *, returns: bool = False
+    ) -> torch.Tensor:
+        seed = f"{self.seed} {what}"
+        return mixed_windows(tokens, count, length or self.length, seed, self.beginnings, returns=returns)
