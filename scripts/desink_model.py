@@ -2,9 +2,10 @@
 """Move a checkpoint's attention sink into gates; if asked, calm its massive activations.
 
 Each step is measured on held-out text: with --calm-tokens all layers are distilled from the base with a penalty on
-massive states; keys, values and gates are fitted so that no head needs its sink; gates are distilled from the base. The
-output appears only if the loss rose by no more than --max-loss: on rows like those that were fitted on, behind their
-length in longer texts, and on passages that come back. `accelerate launch` spreads the training over several processes.
+massive states; keys, values and gates are fitted so that no head needs its sink; gates are distilled from the base.
+Last, layers get back what they were, until the loss rose by no more than --max-loss: on rows like those that were
+fitted on, behind their length in longer texts, and on passages that come back. If none is left, or with
+--sliding-window, nothing is written instead. `accelerate launch` spreads the training over several processes.
 """
 
 import argparse
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-loss", type=share, default=0.01, help="by how much the loss may rise (default: 1%%)")
     parser.add_argument("--calm-tokens", type=int, default=0, help="calm massive activations on so many (default: 0)")
     parser.add_argument("--move-tokens", type=int, default=32_768, help="to move the sink on (default: 32768)")
-    parser.add_argument("--heal-tokens", type=int, default=98_304, help="to distil gates on (default: 98304)")
+    parser.add_argument("--heal-tokens", type=int, default=65_536, help="to distil gates on (default: 65536)")
     parser.add_argument("--sliding-window", type=int, metavar="W", help="let the result see the last W tokens only")
     parser.add_argument("--length", type=int, default=2_048, help="tokens of a row (default: 2048)")
     parser.add_argument("--batch-size", type=int, default=1, help="rows of a training step (default: 1)")

@@ -2,6 +2,8 @@
 """What an edit may cost, and layers that are given back what they computed before it until it costs no more."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
 
 import torch
 from torch import nn
@@ -43,20 +45,21 @@ def weights_of_attention(layer: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in layer.state_dict().items() if not name.startswith("mlp.")}
 
 
-def fewest(most: int, suffices: Callable[[int], bool]) -> int:
-    """The least of 1, …, `most` that suffices, by halving; `most` is known to."""
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if suffices(middle) else (middle, high)
-    return high
+def fewest(least: int, most: int, suffices: Callable[[int], bool]) -> int:
+    """The first of `least`, …, `most` that suffices, by halving; `most` is known to."""
+    if least == most or suffices(least):
+        return least
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (least, middle) if suffices(middle) else (middle, most)
+    return most
 
 
 def undo_fewest(
-    model: PreTrainedModel, before: Sequence[dict], order: Sequence[int], is_kept: Callable[[], bool]
+    model: PreTrainedModel, before: Sequence[dict], order: Sequence[int], budgets: Sequence[Callable[[], bool]]
 ) -> list[int]:
     """
-    Give layers back what they were `before`, in this `order`: the fewest with which the budget `is_kept`.
+    Give layers back what they were `before`, in this `order`: the fewest with which all `budgets` are kept.
 
     Returns:
         Their numbers.
@@ -68,11 +71,16 @@ def undo_fewest(
         for place, number in enumerate(order):
             layers[number].load_state_dict(before[number] if place < count else made[number], strict=False)
 
-    def suffices(count: int) -> bool:
+    def kept_by(count: int, is_kept: Callable[[], bool]) -> bool:
         give_back(count)
         return is_kept()
 
-    count = fewest(len(order), suffices)
+    count, in_a_row = 0, 0
+    for is_kept in cycle(budgets):
+        least = fewest(count, len(order), partial(kept_by, is_kept=is_kept))
+        count, in_a_row = least, in_a_row + 1 if least == count else 1
+        if in_a_row == len(budgets):
+            break
     give_back(count)
     return sorted(order[:count])
 

@@ -156,7 +156,7 @@ def move_sinks(
         def loss() -> float:
             return losses(model, windows[-judged:], batch_size=1).mean().item()
 
-        undone = undo_fewest(model, before, order, lambda: loss() <= most)
+        undone = undo_fewest(model, before, order, [lambda: loss() <= most])
         loss_after = loss()
         fits = [replace(fit, moved=fit.moved and fit.layer not in undone) for fit in fits]
     return Moved(fits, loss_before, loss_after, undone)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -275,12 +276,12 @@ class _Steps:
         rid = [sum(was) - sum(now) for was, now in zip(before.heads, self.result.after.heads, strict=True)]
         saved = divergence_saved(self.edited, self.base, rows, unmoved, moved, progress=self.progress)
         order = from_main(sorted(moved, key=lambda number: -saved[number] / max(rid[number], LEAST_ATTENTION)))
+
+        def keeps(name: str, most: float) -> bool:
+            return from_main(self.windows.loss(self.edited, name) <= most)
+
         highest = highest_losses(self.result.before, self.settings.max_loss)
-
-        def is_kept() -> bool:
-            return from_main(all(self.windows.loss(self.edited, name) <= most for name, most in highest.items()))
-
-        given = undo_fewest(self.edited, unmoved, order, is_kept)
+        given = undo_fewest(self.edited, unmoved, order, [partial(keeps, *budget) for budget in highest.items()])
         if len(given) == len(moved):
             raise VerificationError(
                 f"to move the sink of any layer costs more than {self.settings.max_loss:.2%} of loss: give more text "

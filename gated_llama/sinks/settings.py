@@ -31,7 +31,7 @@ class DesinkSettings:
     max_loss: float = 0.01
     calm_tokens: int = 0
     move_tokens: int = 32_768
-    heal_tokens: int = 98_304
+    heal_tokens: int = 65_536
     sliding_window: int | None = None
     length: int = 2_048
     batch_size: int = 1

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -93,7 +94,13 @@ class Windows:
     def _bar(self, model: PreTrainedModel, tokens: int) -> Iterator[None]:
         """Context manager: forwards of so many tokens in all are shown as they pass."""
         with tqdm(total=tokens, desc="measuring", unit=" tokens", disable=not self.progress) as bar:
-            hook = model.get_decoder().register_forward_hook(lambda m, inputs, output: bar.update(inputs[0].numel()))
+
+            def see(
+                decoder: nn.Module, inputs: tuple, output: object
+            ) -> None:  # what a hook returns becomes the output
+                bar.update(inputs[0].numel())
+
+            hook = model.get_decoder().register_forward_hook(see)
             try:
                 yield
             finally:
