@@ -94,10 +94,8 @@ class Windows:
     def _bar(self, model: PreTrainedModel, tokens: int) -> Iterator[None]:
         """Context manager: forwards of so many tokens in all are shown as they pass."""
         with tqdm(total=tokens, desc="measuring", unit=" tokens", disable=not self.progress) as bar:
-
-            def see(
-                decoder: nn.Module, inputs: tuple, output: object
-            ) -> None:  # what a hook returns becomes the output
+            # Not a lambda: what a hook returns becomes the output.
+            def see(decoder: nn.Module, inputs: tuple, output: object) -> None:
                 bar.update(inputs[0].numel())
 
             hook = model.get_decoder().register_forward_hook(see)
