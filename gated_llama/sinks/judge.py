@@ -117,11 +117,12 @@ def judge(
     """
     model.eval()
     full, attention_and_states = _attention_and_states(model, windows, batch_size)
-    penalties, costs = quantization_costs(model, windows, calibration, quantizations, batch_size), []
+    loss, costs = full.mean().item(), []
+    penalties = quantization_costs(model, windows, calibration, quantizations, batch_size=batch_size, loss=loss)
     for and_first in (False, True):
         seen = last_tokens(windows.shape[1], LATER, and_first=and_first)
         costs.append((losses(model, windows, batch_size, seen) - full)[:, LATER:].mean().item())
-    return Judgement(full.mean().item(), *attention_and_states, penalties, *costs)
+    return Judgement(loss, *attention_and_states, penalties, *costs)
 
 
 @torch.no_grad()
@@ -130,14 +131,14 @@ def quantization_costs(
     windows: torch.Tensor,
     calibration: torch.Tensor,
     names: tuple[str, ...] = tuple(QUANTIZATIONS),
+    *,
     batch_size: int = 8,
+    loss: float | None = None,
 ) -> dict[str, float]:
-    """In nats a token, by the names of `QUANTIZATIONS`; arguments as those of [`judge`]."""
-    if not names:
-        return {}
-    usual, costs = losses(model, windows, batch_size).mean().item(), {}
+    """In nats a token, by the names of `QUANTIZATIONS`; arguments as those of [`judge`], and the `loss` if known."""
+    loss, costs = losses(model, windows, batch_size).mean().item() if loss is None else loss, {}
     for name in names:
         how, bits = QUANTIZATIONS[name]
         with quantized(model, how, partial(losses, model, calibration), bits):
-            costs[name] = losses(model, windows, batch_size).mean().item() - usual
+            costs[name] = losses(model, windows, batch_size).mean().item() - loss
     return costs

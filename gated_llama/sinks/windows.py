@@ -76,17 +76,24 @@ class Windows:
         tokens = self.far.numel() + self.recalled.numel() + passes * self.judged.numel()
         tokens += self.calibration.numel() if quantizations else 0
         with self._bar(model, tokens):
-            far, recalled = (self.loss(model, name) for name in ("far", "recalled"))
+            far, recalled = (self._loss(model, name) for name in ("far", "recalled"))
             found = judge(model, self.judged, self.calibration, quantizations=quantizations)
         return replace(found, far=far, recalled=recalled)
 
     def loss(self, model: PreTrainedModel, name: str) -> float:
         """One of the losses of a [`Judgement`], by its field: "loss", "far" or "recalled"."""
-        if name == "loss":
-            return losses(model, self.judged, 1).mean().item()
-        return losses(model, {"far": self.far, "recalled": self.recalled}[name], 1)[:, self.length :].mean().item()
+        with self._bar(model, self._rows(name).numel()):
+            return self._loss(model, name)
+
+    def _loss(self, model: PreTrainedModel, name: str) -> float:
+        first = 0 if name == "loss" else self.length
+        return losses(model, self._rows(name), 1)[:, first:].mean().item()
+
+    def _rows(self, name: str) -> torch.Tensor:
+        return {"loss": self.judged, "far": self.far, "recalled": self.recalled}[name]
 
     def quantization_costs(self, model: PreTrainedModel) -> dict[str, float]:
+        """What [`judge`] tells of them."""
         with self._bar(model, (1 + len(QUANTIZATIONS)) * self.judged.numel() + self.calibration.numel()):
             return quantization_costs(model, self.judged, self.calibration)
 

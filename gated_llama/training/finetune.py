@@ -476,7 +476,10 @@ def _write_result(
         if main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
+        # All processes look into the folder while they write: it must be there before, and stay until they are done.
+        trainer.accelerator.wait_for_everyone()
         way.write(network, Written(partial, checkpoint, config.dtype or torch.float32, link, main))
+        trainer.accelerator.wait_for_everyone()
         if main:
             checkpoint.copy_carried(partial)
             if not way.is_adapter:
