@@ -6,7 +6,7 @@ window beside one that runs it. Layers are Llama-3.2-1B's, fewer of them; or mod
 all that `inspect` does by default is done, on as many tokens. Writes a table for people and JSON lines to
 benchmarks/results/.
 
-    python benchmarks/bench_measure.py [--layers 4] [--lengths 512 2048] [--pairs 5] [--long 32768]
+    python benchmarks/bench_measure.py [--widths 1B] [--layers 4] [--lengths 512 2048] [--pairs 5] [--long 32768]
     python benchmarks/bench_measure.py --models build/models/smollm2-135m OUT --text FILE.jsonl [--pairs 1]
 """
 
@@ -37,13 +37,22 @@ class Tokenizer:
         return f"t{ids[0]}"
 
 
-def make_model(layers: int) -> GatedLlamaForCausalLM:
+WIDTHS = {  # hidden and intermediate size, size of a head
+    "1B": (2048, 8192, 64),
+    "8B": (4096, 14336, 128),
+}
+
+
+def make_model(widths: str, layers: int) -> GatedLlamaForCausalLM:
     torch.manual_seed(0)
+    hidden, intermediate, head = WIDTHS[widths]
     config = GatedLlamaConfig(
         **{
-            **LlamaConfig(hidden_size=2048, intermediate_size=8192, num_attention_heads=32).to_diff_dict(),
+            **LlamaConfig(
+                hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=hidden // head
+            ).to_diff_dict(),
             "num_key_value_heads": 8,
-            "head_dim": 64,
+            "head_dim": head,
             "num_hidden_layers": layers,
             "vocab_size": 32000,
             "max_position_embeddings": 2**17,
@@ -94,6 +103,7 @@ def measure_real(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", choices=WIDTHS, default="1B", help="of the layers (default: 1B)")
     parser.add_argument("--layers", type=int, default=4, help="of the model (default: 4)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="tokens (default: 512 2048)")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs a length (default: 5)")
@@ -110,11 +120,11 @@ def main() -> None:
         measure_real(args)
         return
     if args.alone:
-        model, ids = make_model(2), torch.randint(3, 32000, (1, args.long))
+        model, ids = make_model(args.widths, 2), torch.randint(3, 32000, (1, args.long))
         plain(model, ids) if args.alone == "plain" else measure(model, Tokenizer(), ids, compared_windows=0)
         return
 
-    model = make_model(args.layers)
+    model = make_model(args.widths, args.layers)
     check(model)
     ratios = {}
     for length in args.lengths:
@@ -130,7 +140,7 @@ def main() -> None:
         ratios[length] = summary(pairs)
     memory = {}
     for kind in ("plain", "measure") if args.long else ():
-        command = [sys.executable, __file__, "--alone", kind, "--long", str(args.long)]
+        command = [sys.executable, __file__, "--alone", kind, "--long", str(args.long), "--widths", args.widths]
         seconds, peak = run_measured(command)
         memory[kind] = {"seconds": seconds, "peak_mib": peak}
 
@@ -139,6 +149,7 @@ def main() -> None:
     for kind, values in memory.items():
         print(f"{args.long} tokens, 2 layers, {kind:8}: {values['peak_mib']:,.0f} MiB, {values['seconds']:.0f} s")
     record = {
+        "widths": args.widths,
         "ratios": ratios,
         "memory": memory,
         "long": args.long,

@@ -88,7 +88,7 @@ def quantizations():
 
 
 @pytest.mark.parametrize("name", ["bnb 4 bit", "bnb 8 bit", "torchao int8"])
-def test_quantizers_leave_gates_and_head_whole(tmp_path, name):
+def test_quantizers_leave_gates_and_head_whole(tmp_path, monkeypatch, name):
     source = converted(tmp_path, gate_type="elementwise")
     config = quantizations()[name]()
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
@@ -101,12 +101,8 @@ def test_quantizers_leave_gates_and_head_whole(tmp_path, name):
     field = "modules_to_not_convert" if "torchao" in name else "llm_int8_skip_modules"
     assert getattr(config, field) is None
     control = quantizations()[name](**{field: ["lm_head", "attn_gate"]})
-    plain = modeling_gated.GatedLlamaConfig.__setattr__
-    try:
-        del modeling_gated.GatedLlamaConfig.__setattr__
-        model = AutoModelForCausalLM.from_pretrained(source, quantization_config=control)
-    finally:
-        modeling_gated.GatedLlamaConfig.__setattr__ = plain
+    monkeypatch.setattr(modeling_gated, "_with_whole_gates", lambda config: config)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=control)
     assert type(model.model.layers[0].self_attn.attn_gate.proj.weight) is not torch.nn.Parameter
 
 
