@@ -519,6 +519,30 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(plain, capsys, monkeypat
     assert not (plain / "stopped.unfinished").exists()
 
 
+@pytest.mark.parametrize(("calm_tokens", "penalty"), [(0, 0.0), (512, DistilSettings.penalty)])
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_a_resumed_run_heals_with_the_penalty_that_it_began_with(plain, monkeypatch, calm_tokens, penalty):
+    asked = []
+
+    def stop(model, base, rows, lengths, settings, **keywords):
+        asked.append((settings.train, settings.penalty))
+        if [train for train, _ in asked] == (["layers"] if calm_tokens else []) + ["gates"]:
+            raise KeyboardInterrupt
+
+    real = recipe.move_sinks
+    monkeypatch.setattr(recipe, "distil", stop)
+    monkeypatch.setattr(recipe, "move_sinks", lambda *a, **k: real(*a, MoveSettings(min_sink=0.0, max_error=1e9), **k))
+    settings = DesinkSettings(
+        max_loss=9.0, calm_tokens=calm_tokens, move_tokens=512, heal_tokens=128, length=128, judged_windows=2
+    )
+    output = plain / f"penalty-{calm_tokens}"
+    run = partial(desink_checkpoint, plain / "plain", [plain / "text.jsonl"], output, settings, progress=False)
+    with pytest.raises(UserError, match="interrupted"):
+        run()
+    run(resume=True)
+    assert [value for train, value in asked if train == "gates"] == [penalty, penalty]
+
+
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
 def test_a_budget_that_is_not_kept_leaves_nothing(plain, capsys, monkeypatch):
     def ruin(model, *args, **kwargs):

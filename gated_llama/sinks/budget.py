@@ -59,7 +59,8 @@ def undo_fewest(
     model: PreTrainedModel, before: Sequence[dict], order: Sequence[int], budgets: Sequence[Callable[[], bool]]
 ) -> list[int]:
     """
-    Give layers back what they were `before`, in this `order`: the fewest with which all `budgets` are kept.
+    Give layers back what they were `before`, in this `order`: the fewest with which all `budgets` are kept, of which
+    one is not kept as the model is.
 
     Returns:
         Their numbers.
@@ -75,7 +76,7 @@ def undo_fewest(
         give_back(count)
         return is_kept()
 
-    count, in_a_row = 0, 0
+    count, in_a_row = min(1, len(order)), 0
     for is_kept in cycle(budgets):
         least = fewest(count, len(order), partial(kept_by, is_kept=is_kept))
         count, in_a_row = least, in_a_row + 1 if least == count else 1

@@ -266,13 +266,13 @@ class _Steps:
         Give layers back what they were before the move, until the budget is kept: those first that cost the most of it
         for the attention to sinks that they are rid of.
         """
-        unmoved, names = self.run.unmoved(), [done.name for done in self.result.steps]
+        unmoved = self.run.unmoved()
         moved = [
             number
             for number, layer in enumerate(decoder_layers(self.edited))
             if not torch.equal(layer.self_attn.k_proj.weight.cpu(), unmoved[number]["self_attn.k_proj.weight"])
         ]
-        before = self.result.steps[names.index("moved") - 1].judgement if self.is_calm else self.result.before
+        before = self.result.steps[0].judgement if self.is_calm else self.result.before
         rid = [sum(was) - sum(now) for was, now in zip(before.heads, self.result.after.heads, strict=True)]
         saved = divergence_saved(self.edited, self.base, rows, unmoved, moved, progress=self.progress)
         order = from_main(sorted(moved, key=lambda number: -saved[number] / max(rid[number], LEAST_ATTENTION)))
@@ -307,7 +307,7 @@ def _inspect(
     base: PreTrainedModel,
     edited: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    windows: "Windows",
+    windows: Windows,
     result: DesinkResult,
     folder: Path,
     progress: bool,
