@@ -8,6 +8,7 @@ benchmarks/results/.
 
     python benchmarks/bench_measure.py [--widths 1B] [--layers 4] [--lengths 512 2048] [--pairs 5] [--long 32768]
     python benchmarks/bench_measure.py --models build/models/smollm2-135m OUT --text FILE.jsonl [--pairs 1]
+        [--device cuda --dtype bfloat16]
 """
 
 import argparse
@@ -77,18 +78,21 @@ def check(model: GatedLlamaForCausalLM) -> None:
 @torch.no_grad()
 def plain(model: GatedLlamaForCausalLM, ids: torch.Tensor) -> None:
     for window in ids:
-        states = model.get_decoder()(window[None], use_cache=False).last_hidden_state
+        states = model.get_decoder()(window[None].to(model.device), use_cache=False).last_hidden_state
         for part in states.split(1024, dim=1):
             model.lm_head(part)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def measure_real(args: argparse.Namespace) -> None:
     """`measure` as `inspect` calls it against the forward, of each model, one after the other on the same text."""
     for folder in args.models:
         model, tokenizer = load(folder, dtype=args.dtype)
-        model.eval()
+        model.eval().to(args.device)
         for length in args.lengths:
             windows = token_windows(tokenizer, read_documents([args.text]), length)[: max(1, args.tokens // length)]
+            plain(model, windows[:1])  # to get warm
             pairs = []
             for _ in tqdm(range(args.pairs), desc=f"{folder}, {length} tokens"):
                 forward = seconds_of(plain, model, windows)
@@ -98,7 +102,8 @@ def measure_real(args: argparse.Namespace) -> None:
             )
             record = {"model": Path(folder).name, "length": length, "tokens": windows.numel(), "ratio": summary(pairs)}
             record |= {"dtype": args.dtype, "threads": torch.get_num_threads(), **circumstances()}
-            keep_record(RESULTS / "measure.jsonl", record, "model", "length", "dtype")
+            record |= {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
+            keep_record(args.records, record, "model", "length", "dtype", "device")
 
 
 def main() -> None:
@@ -115,6 +120,8 @@ def main() -> None:
     parser.add_argument("--text", help="for them: a text or .jsonl file")
     parser.add_argument("--tokens", type=int, default=20_000, help="of it (default: 20000)")
     parser.add_argument("--dtype", default="float32", help="of real models (default: float32)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of real models (default: cpu)")
+    parser.add_argument("--records", type=Path, default=RESULTS / "measure.jsonl")
     args = parser.parse_args()
     if args.models:
         measure_real(args)
@@ -157,7 +164,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         **circumstances(),
     }
-    append_record(RESULTS / "measure.jsonl", record)
+    append_record(args.records, record)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-All that a GPU is wanted for, in one run of ten minutes, the most wanted first: the tests that need one, speed, the sink
-of a real model, pre-training. Every step keeps its records as it goes, in --out, so that a kill loses one case at most;
+All that a GPU is wanted for, in one run of ten minutes, the most wanted first: the tests that need one, speed, `desink`
+on a real model, `measure` on what it made, the recipes that move sinks, pre-training. Every step keeps its records as it goes, in --out, so that a kill loses one case at most;
 what is left out for time is named with its command. It needs torch, Transformers and this checkout, no network.
 
     python benchmarks/gpu.py --pack FOLDER             # make gpu-pack, with a network: a model and text in small files
-    python benchmarks/gpu.py --data FOLDER             # make gpu
+    python benchmarks/gpu.py --data FOLDER             # make gpu; --only some of the steps
     python benchmarks/gpu.py --data FOLDER --rehearse  # the same at toy size on a CPU
 """
 
 import argparse
+import json
 import lzma
 import os
 import shlex
@@ -31,6 +32,16 @@ PIECE = 55_000_000  # bytes of a file at most, so that it goes through where 64 
 MODEL = "smollm2-135m"
 LEAST_FREE = 0.9  # of the card's memory: else somebody else is on it
 ENOUGH = 20  # seconds, below which no step is begun
+NAMES = ("tests", "speed", "desink", "measure", "sinks", "pretrain")
+
+
+DESINK = """\
+import json, sys
+from gated_llama.sinks.recipe import desink_checkpoint
+from gated_llama.sinks.settings import DesinkSettings
+model, text, out, settings = sys.argv[1:]
+print(desink_checkpoint(model, [text], out, DesinkSettings(**json.loads(settings)), force=True, announce=print).to_json())
+"""  # the command needs an installation
 
 
 @dataclass(frozen=True)
@@ -41,27 +52,37 @@ class Step:
 
 
 def steps_of(data: Path, out: Path, rehearse: bool) -> list[Step]:
-    benchmarks = ROOT / "benchmarks"
+    benchmarks, model, desinked = ROOT / "benchmarks", str(data / MODEL), str(out / f"{MODEL}-desinked")
+    toy = {"length": 128, "calm_tokens": 512, "move_tokens": 1024, "heal_tokens": 512, "max_loss": 9.0}
+    text = str(data / "text.jsonl")
     speed = [str(benchmarks / "bench_speed.py"), "--records", str(out / "speed.jsonl")]
-    sinks = [str(benchmarks / "sinks.py"), "--records", str(out / "sinks.jsonl"), "--model", str(data / MODEL)]
+    desink = ["-c", DESINK, model, text, desinked, json.dumps(toy if rehearse else {})]
+    measure = [str(benchmarks / "bench_measure.py"), "--records", str(out / "measure.jsonl"), "--text", text]
+    measure += ["--models", model, desinked]
+    sinks = [str(benchmarks / "sinks.py"), "--records", str(out / "sinks.jsonl"), "--model", model]
     for name in ("text", "held-out", "wikitext"):
-        if found := next(data.glob(f"{name}.jsonl*"), None):
+        if (found := data / f"{name}.jsonl").exists():
             sinks += [f"--{name}", str(found)]
     pretrain = [str(benchmarks / "pretrain.py"), "--records", str(out / "pretrain.jsonl"), "--work", str(out / "work")]
     if rehearse:
         speed += ["--narrow", "--pairs", "2"]
+        measure += ["--pairs", "1", "--lengths", "64", "--tokens", "256"]
         sinks += ["--device", "cpu", "--scale", "512", "--windows", "2", "--length", "128", "--rows", "256"]
-        sinks += ["--recipes", "calmed, moved, gates distilled, healed on text"]
+        sinks += ["--recipes", "moved, gates distilled, healed on text"]
         pretrain += ["--device", "cpu", "--data", "triggers", "--tokens", "8192", "--rates", "1e-2", "--seeds", "0"]
     else:
         speed += ["--device", "cuda"]
-        sinks += ["--recipes", "moved, gates distilled", "calmed, moved, gates distilled, healed on text"]
-        sinks += ["trained on text, without gates"]
+        measure += ["--device", "cuda", "--dtype", "bfloat16", "--pairs", "3"]
+        sinks += ["--recipes", "moved, gates distilled, healed on text", "trained on text, without gates"]
+        sinks += ["moved, gates distilled, all distilled and calmed"]
         pretrain += ["--width", "512", "--layers", "10", "--tokens", "5e7", "--rates", "2e-3", "--seeds", "0"]
     tests = ["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "slow" / "check_gpu.py")]
+    tests += ["-n", "6"] if find_spec("xdist") and not rehearse else []  # most of them wait for a compiler
     return [
         Step("tests", tests + (["--collect-only"] if rehearse else []), "pytest"),
         Step("speed", speed),
+        Step("desink", desink),
+        Step("measure", measure),
         Step("sinks", sinks),
         Step("pretrain", pretrain),
     ]
@@ -132,7 +153,11 @@ def pack(folder: Path) -> None:
 
 
 def unpack(data: Path) -> None:
-    """Join the pieces of the model, and make a folder of Transformers of it, unless it is one already."""
+    """Unpack the texts; join the pieces of the model, and make a folder of Transformers of it, unless it is one already."""
+    for packed in data.glob("*.jsonl.xz"):
+        if not (text := packed.with_suffix("")).exists():
+            with lzma.open(packed) as read, open(text, "wb") as write:
+                shutil.copyfileobj(read, write)
     pieces = sorted(data.glob(f"{MODEL}.gguf.*"))
     if (data / MODEL).is_dir() or not pieces:
         return
@@ -152,6 +177,7 @@ def main() -> int:
     parser.add_argument("--pack", type=Path, help="make such a folder")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all of it (default: 10)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="for records and logs")
+    parser.add_argument("--only", choices=NAMES, nargs="+", default=NAMES, help="of the steps (default: all)")
     parser.add_argument("--rehearse", action="store_true", help="at toy size on a CPU")
     args = parser.parse_args()
     if args.pack:
@@ -167,7 +193,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     unpack(args.data)
     left = args.minutes - (time.monotonic() - since) / 60
-    return 1 if run(steps_of(args.data, args.out, args.rehearse), args.out, left) else 0
+    steps = [step for step in steps_of(args.data, args.out, args.rehearse) if step.name in args.only]
+    return 1 if run(steps, args.out, left) else 0
 
 
 if __name__ == "__main__":

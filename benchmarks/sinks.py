@@ -57,13 +57,25 @@ class Distil:
 
 CALM = Distil(196_608, DistilSettings("layers", batch_size=1))
 GATES = Distil(98_304, DistilSettings("gates", batch_size=1))
+NOT_CALM = replace(GATES, settings=replace(GATES.settings, penalty=0.0))
 NO_GATES = ("attn_gate", "_proj.bias")
+
+
+def healed_on_text(*frozen: str, tokens: int = 4_587_520, **settings) -> Distil:
+    """All weights trained on the text itself. Queries and keys are kept, or the sink comes back."""
+    return Distil(tokens, DistilSettings("layers", lr=6e-5, batch_size=2, frozen=frozen, **settings), teacher=False)
+
+
+def all_distilled(**settings) -> Distil:
+    return Distil(4_587_520, DistilSettings("layers", lr=1e-4, batch_size=2, frozen=("q_proj", "k_proj"), **settings))
+
+
 RECIPES = {
     "moved, neither values nor outputs": [Move(16_384, replace(ANY_PRICE, values=False, outputs=False))],
     "moved, values shifted": [Move(16_384, replace(ANY_PRICE, outputs=False))],
     "moved, 16k tokens": [Move(16_384)],
     "moved": [Move()],
-    "moved, gates distilled": [Move(), replace(GATES, settings=replace(GATES.settings, penalty=0.0))],
+    "moved, gates distilled": [Move(), NOT_CALM],
     "calmed": [CALM],
     "calmed, without gates": [replace(CALM, settings=replace(CALM.settings, frozen=NO_GATES))],
     "calmed, moved, gates distilled": [CALM, Move(), GATES],
@@ -72,15 +84,11 @@ RECIPES = {
         Move(),
         replace(GATES, settings=replace(GATES.settings, gate_lr=2e-3, times=2.0)),
     ],
-    "calmed, moved, gates distilled, healed on text": [
-        CALM,
-        Move(),
-        GATES,
-        Distil(4_587_520, DistilSettings("layers", lr=6e-5, batch_size=4, frozen=("q_proj", "k_proj")), teacher=False),
-    ],
-    "trained on text, without gates": [
-        Distil(4_915_200, DistilSettings("layers", lr=6e-5, batch_size=4, penalty=0.0, frozen=NO_GATES), teacher=False)
-    ],
+    "calmed, moved, gates distilled, healed on text": [CALM, Move(), GATES, healed_on_text("q_proj", "k_proj")],
+    "moved, gates distilled, healed on text": [Move(), NOT_CALM, healed_on_text("q_proj", "k_proj", penalty=0.0)],
+    "moved, gates distilled, all distilled": [Move(), NOT_CALM, all_distilled(penalty=0.0)],
+    "moved, gates distilled, all distilled and calmed": [Move(), NOT_CALM, all_distilled()],
+    "trained on text, without gates": [healed_on_text(*NO_GATES, tokens=4_915_200, penalty=0.0)],
 }
 
 
@@ -137,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
 
         calibration = mixed(4_096, 5, args.length, returns=False)
         fitted = mixed(16_384, 11)
-        common = {"model": args.model, "text": digest(judged["cut"]), "seed": args.seed, "rows": args.rows}
+        common = {"model": Path(args.model).name, "text": digest(judged["cut"]), "seed": args.seed, "rows": args.rows}
         for name in (BASE, *args.recipes):
             if {**common, "recipe": name} in [
                 {"rows": ROWS_BEFORE} | {key: record[key] for key in (*common, "recipe") if key in record}
@@ -166,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
             entry = {**common, "recipe": name, "tokens": tokens, "seconds": seconds, "said": said, **look(model)}
             entry["machine"] = torch.cuda.get_device_name() if args.device == "cuda" else "2 CPU cores"
             keep_record(args.records, entry | circumstances(), *common, "recipe")
-            print(f"{args.model}, {name}: {seconds:.0f} s, loss {entry['cut']['loss']:.4f}", flush=True)
+            print(f"{common['model']}, {name}: {seconds:.0f} s, loss {entry['cut']['loss']:.4f}", flush=True)
 
 
 # What is compared: its name, where it stands in a judgement, how it is shown, and whether recipes show it as a ratio.

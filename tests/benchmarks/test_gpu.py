@@ -24,7 +24,7 @@ def data(tmp_path):
     folder = published(tmp_path / "data" / gpu.MODEL, model)
     tokenizer.save_pretrained(folder)
     for name in ("text", "held-out"):
-        texts = ({"text": f"the grumpy cat sat on {number} mats, which were red. " * 9} for number in range(20))
+        texts = ({"text": f"the grumpy cat sat on {number} mats, which were red. " * 9} for number in range(60))
         (folder.parent / f"{name}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     return folder.parent
 
@@ -36,14 +36,16 @@ def test_a_rehearsal_leaves_every_record(data, tmp_path, monkeypatch, capsys):
     code = gpu.main()
     said = capsys.readouterr().out
     assert code == 0, said + "".join(path.read_text()[-2000:] for path in out.glob("*.log"))
-    assert said.count(": done after") == 4
+    assert said.count(": done after") == len(gpu.NAMES)
     assert "check_gpu.py: " in (out / "tests.log").read_text()
     (speed,) = read_records(out / "speed.jsonl")
     assert [result["work"] for result in speed["results"]] == ["training", "decode"]
     assert [record["recipe"] for record in read_records(out / "sinks.jsonl")] == [
         "base",
-        "calmed, moved, gates distilled, healed on text",
+        "moved, gates distilled, healed on text",
     ]
+    assert json.loads((out / "desink.log").read_text().splitlines()[-1])["steps"]
+    assert [record["length"] for record in read_records(out / "measure.jsonl")] == [64, 64]
     assert {record["kind"] for record in read_records(out / "pretrain.jsonl")} == {"ungated", "headwise", "elementwise"}
 
 
