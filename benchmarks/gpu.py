@@ -1,8 +1,9 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 All that a GPU is wanted for, in one run of ten minutes, the most wanted first: the tests that need one, speed, `desink`
-on a real model, `measure` on what it made, the recipes that move sinks, pre-training. Every step keeps its records as it goes, in --out, so that a kill loses one case at most;
-what is left out for time is named with its command. It needs torch, Transformers and this checkout, no network.
+on a real model, `measure` on what it made, the recipes that move sinks, pre-training. Every step keeps its records as
+it goes, in --out, so that a kill loses one case at most; what is left out for time is named with its command. It needs
+torch, Transformers and this checkout, no network.
 
     python benchmarks/gpu.py --pack FOLDER             # make gpu-pack, with a network: a model and text in small files
     python benchmarks/gpu.py --data FOLDER             # make gpu; --only some of the steps
@@ -40,7 +41,8 @@ import json, sys
 from gated_llama.sinks.recipe import desink_checkpoint
 from gated_llama.sinks.settings import DesinkSettings
 model, text, out, settings = sys.argv[1:]
-print(desink_checkpoint(model, [text], out, DesinkSettings(**json.loads(settings)), force=True, announce=print).to_json())
+settings = DesinkSettings(**json.loads(settings))
+print(desink_checkpoint(model, [text], out, settings, force=True, announce=print).to_json())
 """  # the command needs an installation
 
 
@@ -153,7 +155,7 @@ def pack(folder: Path) -> None:
 
 
 def unpack(data: Path) -> None:
-    """Unpack the texts; join the pieces of the model, and make a folder of Transformers of it, unless it is one already."""
+    """Unpack the texts; join the pieces of the model, and make a folder of Transformers of it, unless that is there."""
     for packed in data.glob("*.jsonl.xz"):
         if not (text := packed.with_suffix("")).exists():
             with lzma.open(packed) as read, open(text, "wb") as write:

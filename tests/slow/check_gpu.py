@@ -107,7 +107,7 @@ def test_compiled_agrees(gate_type, mode):
     move_gates(gated, to=0.01)
     ids = token_ids().to(DEVICE)
     with torch.no_grad():
-        # First the eager one: Transformers hooks up what records outputs then, under a lock that torch 2.11 cannot trace.
+        # First the eager one: what records outputs is hooked up then, under a lock that torch 2.11 cannot trace.
         eager = gated(ids, output_gates=True, use_cache=False)
         compiled = torch.compile(gated, fullgraph=True, mode=mode)(ids, output_gates=True, use_cache=False)
         torch.testing.assert_close(compiled.logits, eager.logits, rtol=1e-3, atol=1e-3)
