@@ -133,8 +133,8 @@ class GatedLlamaAttention(LlamaAttention):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         self.attn_gate = AttentionGate(config)
 
     def forward(
@@ -148,8 +148,11 @@ class GatedLlamaAttention(LlamaAttention):
         input_shape = hidden_states.shape[:-1]  # (B, T)
         hidden_shape = (*input_shape, -1, self.head_dim)
 
-        query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)  # (B, N, T, H)
-        key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)  # (B, K, T, H)
+        query_states = self.q_proj(hidden_states).view(hidden_shape)  # (B, T, N, H)
+        key_states = self.k_proj(hidden_states).view(hidden_shape)  # (B, T, K, H)
+        if self.q_norm is not None:
+            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+        query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)  # (B, N or K, T, H)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)  # (B, K, T, H)
 
         cos, sin = position_embeddings

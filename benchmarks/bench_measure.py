@@ -102,7 +102,6 @@ def measure_real(args: argparse.Namespace) -> None:
             )
             record = {"model": Path(folder).name, "length": length, "tokens": windows.numel(), "ratio": summary(pairs)}
             record |= {"dtype": args.dtype, "threads": torch.get_num_threads(), **circumstances()}
-            record |= {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
             keep_record(args.records, record, "model", "length", "dtype", "device")
 
 

@@ -357,9 +357,8 @@ def main() -> None:
     logging.disable_progress_bar()
     gc.freeze()  # what was imported need not be looked through between rounds
     print(speed_table.plain_head())
-    gpu = {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {}
     on = f"{args.device}, narrow" if args.narrow else args.device
-    about = {"benchmark": "speed", "on": on, "run": time.time(), **circumstances(), **gpu}
+    about = {"benchmark": "speed", "on": on, "run": time.time(), **circumstances()}
     about["threads"] = torch.get_num_threads()
 
     def keep(measured: dict) -> None:
@@ -367,7 +366,7 @@ def main() -> None:
 
     cases = NARROW_CASES if args.narrow else cases_of(args.device)
     measured = run_all(cases, args.device, args.pairs, ends, keep)
-    if not args.narrow and time.monotonic() < ends:
+    if args.device == "cpu" and not args.narrow and time.monotonic() < ends:
         measured["starting"] = measure_starting()
         for name, seconds in measured["starting"].items():
             print(f"{name}: {seconds['median']:.2f} s")

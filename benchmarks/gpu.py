@@ -29,6 +29,7 @@ import torch
 from measured import ROOT
 
 
+sys.path.insert(0, str(ROOT))  # nothing need be installed
 PIECE = 55_000_000  # bytes of a file at most, so that it goes through where 64 MiB are the limit
 MODEL = "smollm2-135m"
 LEAST_FREE = 0.9  # of the card's memory: else somebody else is on it
@@ -38,11 +39,15 @@ NAMES = ("tests", "speed", "desink", "measure", "sinks", "pretrain")
 
 DESINK = """\
 import json, sys
+from dataclasses import asdict
+from pathlib import Path
 from gated_llama.sinks.recipe import desink_checkpoint
 from gated_llama.sinks.settings import DesinkSettings
-model, text, out, settings = sys.argv[1:]
+from measured import append_record, circumstances
+model, text, out, records, settings = sys.argv[1:]
 settings = DesinkSettings(**json.loads(settings))
-print(desink_checkpoint(model, [text], out, settings, force=True, announce=print).to_json())
+result = desink_checkpoint(model, [text], out, settings, force=True, announce=print)
+append_record(Path(records), asdict(result) | circumstances())
 """  # the command needs an installation
 
 
@@ -58,7 +63,7 @@ def steps_of(data: Path, out: Path, rehearse: bool) -> list[Step]:
     toy = {"length": 128, "calm_tokens": 512, "move_tokens": 1024, "heal_tokens": 512, "max_loss": 9.0}
     text = str(data / "text.jsonl")
     speed = [str(benchmarks / "bench_speed.py"), "--records", str(out / "speed.jsonl")]
-    desink = ["-c", DESINK, model, text, desinked, json.dumps(toy if rehearse else {})]
+    desink = ["-c", DESINK, model, text, desinked, str(out / "desink.jsonl"), json.dumps(toy if rehearse else {})]
     measure = [str(benchmarks / "bench_measure.py"), "--records", str(out / "measure.jsonl"), "--text", text]
     measure += ["--models", model, desinked]
     sinks = [str(benchmarks / "sinks.py"), "--records", str(out / "sinks.jsonl"), "--model", model]

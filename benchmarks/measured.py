@@ -69,11 +69,12 @@ def summary(values: list[float]) -> dict:
 
 
 def circumstances(*packages: str) -> dict:
-    """What every record says: the device, the versions of torch, Transformers and `packages`, the commit, the day."""
+    """What every record says: the device and its GPU, versions of torch, Transformers and `packages`, commit, day."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     return {
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", *packages)},

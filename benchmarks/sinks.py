@@ -210,15 +210,17 @@ def cell(now: dict, base: dict, key: str, form: str, how: str) -> str:
     return "; ".join(shown)
 
 
+def setting(record: dict) -> tuple:
+    """What records must share to be compared."""
+    return record["model"], record["text"], record.get("rows", ROWS_BEFORE)
+
+
 def table(records: list[dict]) -> str:
     """A row a recipe, below the base of its model and text."""
     lines = [
         f"| recipe | rows | tokens | {' | '.join(name for name, *_ in COLUMNS)} | WikiText-2 |",
         f"|---|---|---|{'---|' * len(COLUMNS)}---|",
     ]
-
-    def setting(record: dict) -> tuple:
-        return record["model"], record["text"], record.get("rows", ROWS_BEFORE)
 
     bases = {setting(record): record for record in records if record["recipe"] == BASE}
     for record in records:
@@ -239,11 +241,11 @@ PANELS += (("last 64 tokens only, nats", "short_window"),)
 
 
 def draw(records: list[dict], path: Path) -> None:
-    """What is left of the sink and of what it costs, by recipe, for the first model."""
+    """What is left of the sink and of what it costs, by recipe, for the model and text of the first record."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 2.6), layout="constrained")
-    of = {record["recipe"]: record for record in records if record["model"] == records[0]["model"]}
+    of = {record["recipe"]: record for record in records if setting(record) == setting(records[0])}
     for axes, (name, key) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS, strict=True):
         for offset, kind in ((-0.2, "begun"), (0.2, "cut")):
             values = [{**of[recipe][kind], **of[recipe][kind]["penalties"]}[key] for recipe in DRAWN]

@@ -95,7 +95,8 @@ def made_on(record: dict) -> str:
     rounds = " or ".join(str(n) for n in sorted({noise["n"] for noise in noises if "n" in noise}, reverse=True))
     versions = f"torch {record['versions']['torch']}, Transformers {record['versions']['transformers']}"
     threads = f"{record['threads']} thread{'s'[: record['threads'] > 1]}"
-    return f"({record['device']}, {threads}; medians of {rounds} rounds; {versions}; commit {record['commit'][:7]}.)"
+    device = f"{record['gpu']}, bf16" if record["on"] == "cuda" and "gpu" in record else record["device"]
+    return f"({device}, {threads}; medians of {rounds} rounds; {versions}; commit {record['commit'][:7]}.)"
 
 
 def by_shape(record: dict) -> list[tuple[str, list[dict]]]:

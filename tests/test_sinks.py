@@ -531,7 +531,8 @@ def test_a_resumed_run_heals_with_the_penalty_that_it_began_with(plain, monkeypa
 
     real = recipe.move_sinks
     monkeypatch.setattr(recipe, "distil", stop)
-    monkeypatch.setattr(recipe, "move_sinks", lambda *a, **k: real(*a, MoveSettings(min_sink=0.0, max_error=1e9), **k))
+    wrong = MoveSettings(min_sink=0.0, max_error=1e9)
+    monkeypatch.setattr(recipe, "move_sinks", lambda model, ids, settings, **kw: real(model, ids, wrong, **kw))
     settings = DesinkSettings(
         max_loss=9.0, calm_tokens=calm_tokens, move_tokens=512, heal_tokens=128, length=128, judged_windows=2
     )
@@ -590,8 +591,8 @@ def test_layers_that_cost_too_much_are_given_back(plain, monkeypatch, budget, gi
     real_move, real_judge = recipe.move_sinks, recipe.Windows.judge
 
     @torch.no_grad()
-    def move(model, *args, **keywords):
-        found = real_move(model, *args, MoveSettings(min_sink=0.0, max_error=1e9), **keywords)
+    def move(model, ids, settings, **keywords):
+        found = real_move(model, ids, MoveSettings(min_sink=0.0, max_error=1e9), **keywords)
         for number, layer in enumerate(model.model.layers):
             layer.self_attn.k_proj.weight *= 1.1
             layer.self_attn.o_proj.weight *= 30 if number == 1 else 1.1
@@ -631,7 +632,8 @@ def test_layers_that_cost_too_much_are_given_back(plain, monkeypatch, budget, gi
 def test_a_model_from_which_no_sink_was_moved_is_not_returned(plain, monkeypatch):
     settings = DesinkSettings(move_tokens=512, heal_tokens=128, length=128, batch_size=2, judged_windows=4)
     real = recipe.move_sinks
-    monkeypatch.setattr(recipe, "move_sinks", lambda *args, **kw: real(*args, MoveSettings(min_sink=2.0), **kw))
+    none = MoveSettings(min_sink=2.0)
+    monkeypatch.setattr(recipe, "move_sinks", lambda model, ids, settings, **kw: real(model, ids, none, **kw))
     with pytest.raises(VerificationError, match="no head has a sink that is large enough"):
         desink_checkpoint(plain / "plain", [plain / "text.jsonl"], plain / "same", settings, progress=False)
     assert not (plain / "same").exists()

@@ -39,10 +39,12 @@ def attend(layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, .
     attention = layer.self_attn
     states = layer.input_layernorm(states)
     shape = (*states.shape[:2], -1, attention.head_dim)
-    queries = attention.q_norm(attention.q_proj(states).view(shape)).transpose(1, 2)  # (B, N, T, H)
-    keys = attention.k_norm(attention.k_proj(states).view(shape)).transpose(1, 2)  # (B, K, T, H)
-    values = attention.v_proj(states).view(shape)  # (B, T, K, H)
-    queries, keys = apply_rotary_pos_emb(queries, keys, *rotary)
+    queries, keys, values = (
+        linear(states).view(shape) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )  # (B, T, N or K, H)
+    if attention.q_norm is not None:
+        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    queries, keys = apply_rotary_pos_emb(queries.transpose(1, 2), keys.transpose(1, 2), *rotary)  # (B, N or K, T, H)
     batch, heads, tokens, _ = queries.shape
     groups, window = attention.num_key_value_groups, attention.sliding_window
     keys = keys.repeat_interleave(groups, 1).transpose(2, 3)  # (B, N, H, T)

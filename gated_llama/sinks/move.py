@@ -334,7 +334,7 @@ class _LayerEdit:
 
     @property
     def is_normed(self) -> bool:
-        return not isinstance(self.attention.k_norm, nn.Identity)
+        return self.attention.k_norm is not None
 
     def fitted_key(self, seen: Attended, key_heads: int) -> torch.Tensor:
         """

@@ -40,7 +40,7 @@ from gated_llama.loading import load, refuse_adapter
 from gated_llama.sinks.budget import divergence_saved, highest_losses, too_dear, undo_fewest
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.layers import sink_tokens, state_lengths
-from gated_llama.sinks.move import add_biases, move_sinks
+from gated_llama.sinks.move import MoveSettings, add_biases, move_sinks
 from gated_llama.sinks.result import DesinkResult, Step
 from gated_llama.sinks.settings import DesinkSettings
 from gated_llama.sinks.unfinished import Unfinished, as_in_main, from_main
@@ -50,6 +50,7 @@ from gated_llama.training.trainer import has_accelerator
 
 INSPECTED = 8  # windows that the page is made of
 COMPARED = 1024  # tokens of a row on which it is measured what layers cost
+ANY_PRICE = MoveSettings(max_loss=float("inf"))
 LEAST_ATTENTION = 1e-3  # that a layer is taken to be rid of, summed over its heads
 
 
@@ -202,7 +203,7 @@ class _Steps:
         if settings.calm_only:
             return
         self.is_calm = any(done.name == "calmed" and not done.undone for done in steps)
-        # It keeps to a budget of its own; what it leaves, healing makes good.
+        # Whatever it costs: healing makes good what it can, and layers that still cost too much are given back.
         self.step("moved", self.fitted.numel(), self.move, may_be_undone=False)
         if settings.heal_tokens:  # gates alone cannot calm what is massive
             self.learn("healed", "gates", settings.heal_tokens, DistilSettings.penalty if self.is_calm else 0.0)
@@ -255,7 +256,7 @@ class _Steps:
 
     def move(self) -> None:
         self.run.keep_unmoved(self.edited)
-        found = move_sinks(self.edited, self.fitted, sinks=sink_tokens(self.lengths), progress=self.progress)
+        found = move_sinks(self.edited, self.fitted, ANY_PRICE, sinks=sink_tokens(self.lengths), progress=self.progress)
         self.announce(str(found))
         if not self.is_calm and not any(head.moved for head in found.heads):
             raise VerificationError("no head has a sink that is large enough, and fits well enough, to be moved.")

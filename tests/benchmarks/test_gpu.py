@@ -3,6 +3,8 @@
 
 import json
 import os
+import site
+import subprocess
 import sys
 
 import gpu
@@ -44,7 +46,8 @@ def test_a_rehearsal_leaves_every_record(data, tmp_path, monkeypatch, capsys):
         "base",
         "moved, gates distilled, healed on text",
     ]
-    assert json.loads((out / "desink.log").read_text().splitlines()[-1])["steps"]
+    (desinked,) = read_records(out / "desink.jsonl")
+    assert desinked["steps"] and desinked["versions"]
     assert [record["length"] for record in read_records(out / "measure.jsonl")] == [64, 64]
     assert {record["kind"] for record in read_records(out / "pretrain.jsonl")} == {"ungated", "headwise", "elementwise"}
 
@@ -75,6 +78,20 @@ def test_a_wrong_device_is_refused_in_a_sentence(data, monkeypatch, capsys):
     assert gpu.main() == 2 and "A card is busy: 10% of its memory is free" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--data", os.devnull])
     assert gpu.main() == 2 and "--data needs a folder" in capsys.readouterr().err
+
+
+def test_nothing_need_be_installed(tmp_path):
+    """With -S Python finds what is installed by its path alone, so not this project, which is installed as editable."""
+    (tmp_path / f"{gpu.MODEL}.gguf.00").write_bytes(b"no GGUF")
+
+    def run(*command: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(site.getsitepackages())}
+        return subprocess.run(
+            [sys.executable, "-S", *command], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+
+    assert "No module named 'gated_llama'" in run("-c", "import torch, gated_llama").stderr
+    assert "cannot be read as a GGUF" in run(gpu.__file__, "--data", str(tmp_path), "--rehearse").stderr
 
 
 def test_pieces_are_joined(tmp_path, monkeypatch):
