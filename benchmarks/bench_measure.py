@@ -29,6 +29,9 @@ from measured import RESULTS, append_record, circumstances, keep_record, run_mea
 from modeling_gated import GatedLlamaForCausalLM
 
 
+INSPECTED = 20_000  # tokens of a real model's text
+
+
 class Tokenizer:
     """As much of one as `measure` asks for."""
 
@@ -91,7 +94,9 @@ def measure_real(args: argparse.Namespace) -> None:
         model, tokenizer = load(folder, dtype=args.dtype)
         model.eval().to(args.device)
         for length in args.lengths:
-            windows = token_windows(tokenizer, read_documents([args.text]), length)[: max(1, args.tokens // length)]
+            windows = token_windows(tokenizer, read_documents([args.text]), length)[
+                : max(1, (args.tokens or INSPECTED) // length)
+            ]
             plain(model, windows[:1])  # to get warm
             pairs = []
             for _ in tqdm(range(args.pairs), desc=f"{folder}, {length} tokens"):
@@ -117,7 +122,7 @@ def main() -> None:
     parser.add_argument("--alone", choices=("plain", "measure"), help="one long window and nothing else")
     parser.add_argument("--models", nargs="+", help="real ones: folders")
     parser.add_argument("--text", help="for them: a text or .jsonl file")
-    parser.add_argument("--tokens", type=int, default=20_000, help="of it (default: 20000)")
+    parser.add_argument("--tokens", type=int, default=0, help=f"of text (default: {INSPECTED:,}, or two windows)")
     parser.add_argument("--dtype", default="float32", help="of real models (default: float32)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of real models (default: cpu)")
     parser.add_argument("--records", type=Path, default=RESULTS / "measure.jsonl")
@@ -134,7 +139,7 @@ def main() -> None:
     check(model)
     ratios = {}
     for length in args.lengths:
-        ids = torch.randint(3, 32000, (2, length))
+        ids = torch.randint(3, 32000, (max(2, args.tokens // length), length))
         kinds = {
             "forward": partial(plain, model, ids),
             "measure": partial(measure, model, Tokenizer(), ids, compared_windows=0),
@@ -158,6 +163,7 @@ def main() -> None:
         "widths": args.widths,
         "ratios": ratios,
         "memory": memory,
+        "tokens": args.tokens,
         "long": args.long,
         "layers": args.layers,
         "threads": torch.get_num_threads(),

@@ -11,8 +11,8 @@ One Llama, gated in different ways on the same weight tensors: what bench_speed.
     hook-headwise      the retrofit by forward hooks: Llama, with a hook that gates the input of `o_proj`
     hook-elementwise   the same, elementwise
 
-The peers' attention stands in Llama's layers. Their QK norm is left out, since Llama has none, and their `o_proj` holds
-the factor 2 that their gates lack: so each computes what ours of its gate type does.
+The peers' attention stands in Llama's layers. Their QK norm is an `nn.Identity`, since Llama has none, and their
+`o_proj` holds the factor 2 that their gates lack: so each computes what ours of its gate type does.
 """
 
 from collections.abc import Iterator
