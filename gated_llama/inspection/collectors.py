@@ -80,8 +80,11 @@ class AttentionSums(Collector):
         self.token_shares = torch.zeros(config.vocab_size, dtype=torch.float64)
         self.token_counts = torch.zeros(config.vocab_size, dtype=torch.int64)
         self.size = torch.zeros(config.num_hidden_layers, dtype=torch.float64)  # mean |output|, summed over windows
-        self.received: dict[int, torch.Tensor] = {}  # (B, N, T)
-        self.to_first: dict[int, torch.Tensor] = {}  # (B, N, T), by query
+
+    def begin(self, ids: torch.Tensor) -> None:
+        layers, heads = self.first.shape
+        self.received, self.to_first = torch.zeros(2, layers, len(ids), heads, self.length, device=self.model.device)
+        self.sizes = torch.zeros(layers, device=self.model.device)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -89,30 +92,25 @@ class AttentionSums(Collector):
             yield
 
     def see(self, layer: int, start: int, first: int, weights: torch.Tensor, output: torch.Tensor) -> None:
-        self.size[layer] += output.abs().float().mean((1, 3)).sum().item() / self.length
-        if layer not in self.received:
-            self.received[layer] = weights.new_zeros(*weights.shape[:2], self.length)
-            self.to_first[layer] = weights.new_zeros(*weights.shape[:2], self.length)
-        self.received[layer][:, :, first : first + weights.shape[3]] += weights.sum(2)
+        # `to`: layers may lie on several devices.
+        self.sizes[layer] += output.abs().float().mean((1, 3)).sum().to(self.sizes.device)
+        self.received[layer, ..., first : first + weights.shape[3]] += weights.sum(2).to(self.received.device)
         if first == 0:
-            self.to_first[layer][:, :, start : start + weights.shape[2]] = weights[:, :, :, 0]
+            self.to_first[layer, ..., start : start + weights.shape[2]] = weights[..., 0]
 
     def end(self, ids: torch.Tensor) -> None:
-        by_key = torch.zeros(ids.shape, dtype=torch.float64)  # (B, T)
-        queries = torch.arange(self.length, 0, -1)  # that can see each key
-        for layer, received in self.received.items():
-            by_query = self.to_first[layer].cpu().double()  # (B, N, T)
-            self.first[layer] += by_query.mean(2).sum(0)
-            self.first_later[layer] += by_query[:, :, min(FIRST_QUERIES, self.length - 1) :].mean(2).sum(0)
-            for length, sinks in self.sinks.items():
-                sinks[layer] += (by_query[:, :, :length].mean(2) > SINK_SHARE).double().sum(0)
-            by_key += (received.cpu() / queries > SINK_SHARE).double().sum(1)
+        self.size += self.sizes.cpu() / self.length
+        later = min(FIRST_QUERIES, self.length - 1)
+        self.first += self.to_first.mean(3).sum(1).cpu()  # (L, B, N, T) -> (L, N)
+        self.first_later += self.to_first[..., later:].mean(3).sum(1).cpu()
+        for length, sinks in self.sinks.items():
+            sinks += (self.to_first[..., :length].mean(3) > SINK_SHARE).sum(1).cpu()
+        queries = torch.arange(self.length, 0, -1, device=self.received.device)  # that can see each key
+        by_key = sum((received / queries > SINK_SHARE).sum(1) for received in self.received).cpu().double()  # (B, T)
         self.positions += by_key.sum(0)
         counted, shares = ids[:, : self.counted].flatten(), by_key[:, : self.counted].flatten() / self.first.numel()
         self.token_shares.index_add_(0, counted, shares)
         self.token_counts += torch.bincount(counted, minlength=len(self.token_counts))
-        self.received.clear()
-        self.to_first.clear()
 
     def report(self, windows: int) -> AttentionReport:
         heads = self.first.numel()
@@ -174,17 +172,19 @@ class ActivationSums(Collector):
                     stack.callback(hook.remove)
             yield
 
+    def begin(self, ids: torch.Tensor) -> None:
+        # Fetched from the device in one piece each, since a device is waited for whenever something is.
+        self.stream: list[torch.Tensor] = []  # of each layer and window: the three largest sizes, and the median
+        self.inputs: list[tuple[str, int, int, torch.Tensor]] = []  # name, layer, count, the five sums and the largest
+
     def see_stream(self, layer: int, output: torch.Tensor | tuple) -> None:
         for window in layer_states(output):  # (T, E), each by itself as in the paper
             sizes = window.detach().abs().float()
             # The three largest lie in the three tokens whose own largest are the largest.
             tokens = sizes.amax(1).topk(min(3, len(sizes))).indices
-            top3 = sizes[tokens].flatten().topk(3).values.cpu().double()
-            median = sizes[:: -(-sizes.numel() // MEDIAN_OF)].median().item()
-            self.top3[layer] += top3
-            self.median[layer] += median
-            self.above_100[layer] += float(top3[0] > 100)
-            self.massive[layer] += float(top3[0] > 100 and top3[0] > 1000 * median)
+            top3 = sizes[tokens].flatten().topk(3).values
+            median = sizes[:: -(-sizes.numel() // MEDIAN_OF)].median()
+            self.stream.append(torch.cat([top3, median[None]]).to(self.model.device))
 
     def see_input(self, name: str, layer: int, states: torch.Tensor) -> None:
         for part in states.detach().flatten(0, -2).split(CACHED if states.device.type == "cpu" else TOKENS_AT_ONCE):
@@ -192,9 +192,19 @@ class ActivationSums(Collector):
             square = x * x
             sums = [x.sum(), x.dot(x), square.dot(x), square.dot(square)]
             sums += [torch.linalg.vector_norm(x, order) for order in (1, math.inf)]
-            *sums, largest = torch.stack(sums).tolist()
-            self.moments[name][layer] += torch.tensor([x.numel(), *sums], dtype=torch.float64)
-            self.maxima[name][layer] = max(self.maxima[name][layer].item(), largest)
+            self.inputs.append((name, layer, x.numel(), torch.stack(sums).to(self.model.device)))
+
+    def end(self, ids: torch.Tensor) -> None:
+        stream = torch.stack(self.stream).cpu().double().unflatten(0, (len(self.layers), -1))  # (L, B, 4)
+        largest, median = stream[..., 0], stream[..., 3]
+        self.top3 += stream[..., :3].sum(1)
+        self.median += median.sum(1)
+        self.above_100 += (largest > 100).sum(1)
+        self.massive += ((largest > 100) & (largest > 1000 * median)).sum(1)
+        values = torch.stack([sums for *_, sums in self.inputs]).cpu().double()
+        for (name, layer, count, _), (*sums, most) in zip(self.inputs, values.tolist(), strict=True):
+            self.moments[name][layer] += torch.tensor([count, *sums], dtype=torch.float64)
+            self.maxima[name][layer] = max(self.maxima[name][layer].item(), most)
 
     def report(self, windows: int) -> ActivationReport:
         size, kurtosis = {}, {}
@@ -312,13 +322,14 @@ class MassiveTokens(Collector):
             yield
 
     def begin(self, ids: torch.Tensor) -> None:
-        self.lengths = torch.zeros(2 * len(self.layers), *ids.shape)  # (2L, B, T)
+        self.lengths = torch.zeros(2 * len(self.layers), *ids.shape, device=self.model.device)  # (2L, B, T)
 
     def see(self, place: int, states: torch.Tensor | tuple) -> None:
         self.lengths[place] = layer_states(states).detach().norm(dim=2, dtype=torch.float32)
 
     def end(self, ids: torch.Tensor) -> None:
-        ratios = self.lengths / self.lengths.median(2, keepdim=True).values.clamp_min(1e-12)
+        lengths = self.lengths.cpu()
+        ratios = lengths / lengths.median(2, keepdim=True).values.clamp_min(1e-12)
         for row, place in (ratios[1::2] > MASSIVE).any(0).nonzero().tolist():
             key = int(ids[row, place]) if place else None
             seen, least, most, sums = self.found.get(key, (0, place, place, 0.0))
