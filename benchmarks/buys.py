@@ -24,7 +24,7 @@ from gated_llama import convert_checkpoint
 from gated_llama.data import cut_windows
 from gated_llama.loading import load
 from gated_llama.sinks.judge import last_tokens, losses
-from measured import RESULTS, circumstances, keep_record, read_records, write_table
+from measured import RESULTS, circumstances, digest, keep_record, read_records, write_table
 
 
 RECORDS = RESULTS / "buys.jsonl"
@@ -100,7 +100,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     model = model.to(args.device)
     texts = read_texts(args.text)
     row = token_row(tokenizer, args.text, 400_000)
-    found = {"short window": short_window(model, cut_windows(row, args.rows, LENGTH, 7))}
+    found = {"text": digest(row[:STREAM]), "short window": short_window(model, cut_windows(row, args.rows, LENGTH, 7))}
     for name, asked in (
         ("last words", last_words(texts)),
         *((f"needle, {far} tokens", needles(far)) for far in (200, 1_500)),
@@ -114,7 +114,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
 
 
 def table(records: list[dict]) -> str:
-    """A column a model."""
+    """A column a model, all on one text."""
+    if len({record["text"] for record in records}) > 1:
+        raise ValueError(f"{RECORDS} has records of several texts: measure all models on one.")
     needle = [name for name in records[0] if name.startswith("needle")]
     rows = [
         ("last 256 of 4,096 tokens only, cost", lambda r: f"{r['short window']['cost of the last 256']:+.3f}"),
