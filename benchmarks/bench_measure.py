@@ -94,9 +94,8 @@ def measure_real(args: argparse.Namespace) -> None:
         model, tokenizer = load(folder, dtype=args.dtype)
         model.eval().to(args.device)
         for length in args.lengths:
-            windows = token_windows(tokenizer, read_documents([args.text]), length)[
-                : max(1, (args.tokens or INSPECTED) // length)
-            ]
+            count = max(1, (args.tokens or INSPECTED) // length)
+            windows = token_windows(tokenizer, read_documents([args.text]), length)[:count]
             plain(model, windows[:1])  # to get warm
             pairs = []
             for _ in tqdm(range(args.pairs), desc=f"{folder}, {length} tokens"):

@@ -359,12 +359,12 @@ def main() -> None:
     print(speed_table.plain_head())
     on = f"{args.device}, narrow" if args.narrow else args.device
     about = {"benchmark": "speed", "on": on, "run": time.time(), **circumstances()}
-    about["threads"] = torch.get_num_threads()
+    cases = NARROW_CASES if args.narrow else cases_of(args.device)
+    about["threads"] = cases[0].threads or torch.get_num_threads()
 
     def keep(measured: dict) -> None:
         keep_record(args.records, about | measured, "run")
 
-    cases = NARROW_CASES if args.narrow else cases_of(args.device)
     measured = run_all(cases, args.device, args.pairs, ends, keep)
     if args.device == "cpu" and not args.narrow and time.monotonic() < ends:
         measured["starting"] = measure_starting()
