@@ -37,20 +37,6 @@ ENOUGH = 20  # seconds, below which no step is begun
 NAMES = ("tests", "speed", "desink", "measure", "sinks", "pretrain")
 
 
-DESINK = """\
-import json, sys
-from dataclasses import asdict
-from pathlib import Path
-from gated_llama.sinks.recipe import desink_checkpoint
-from gated_llama.sinks.settings import DesinkSettings
-from measured import append_record, circumstances
-model, text, out, records, settings = sys.argv[1:]
-settings = DesinkSettings(**json.loads(settings))
-result = desink_checkpoint(model, [text], out, settings, force=True, announce=print)
-append_record(Path(records), asdict(result) | circumstances())
-"""  # the command needs an installation
-
-
 @dataclass(frozen=True)
 class Step:
     name: str
@@ -63,7 +49,8 @@ def steps_of(data: Path, out: Path, rehearse: bool) -> list[Step]:
     toy = {"length": 128, "calm_tokens": 512, "move_tokens": 1024, "heal_tokens": 512, "max_loss": 9.0}
     text = str(data / "text.jsonl")
     speed = [str(benchmarks / "bench_speed.py"), "--records", str(out / "speed.jsonl")]
-    desink = ["-c", DESINK, model, text, desinked, str(out / "desink.jsonl"), json.dumps(toy if rehearse else {})]
+    desink = [str(benchmarks / "bench_desink.py"), model, "--text", text, "--out", desinked, "--quiet"]
+    desink += ["--records", str(out / "desink.jsonl"), "--settings", json.dumps(toy if rehearse else {})]
     measure = [str(benchmarks / "bench_measure.py"), "--records", str(out / "measure.jsonl"), "--text", text]
     measure += ["--models", model, desinked]
     sinks = [str(benchmarks / "sinks.py"), "--records", str(out / "sinks.jsonl"), "--model", model]

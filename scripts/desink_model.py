@@ -3,9 +3,9 @@
 
 Each step is measured on held-out text: with --calm-tokens all layers are distilled from the base with a penalty on
 massive states; keys, values and gates are fitted so that no head needs its sink; gates are distilled from the base.
-Last, layers get back what they were, until the loss rose by no more than --max-loss: on rows like those that were
-fitted on, behind their length in longer texts, and on passages that come back. If none is left, or with
---sliding-window, nothing is written instead. `accelerate launch` spreads the training over several processes.
+Last, key heads get back what they were, until the loss rose by no more than --max-loss: on rows like those that were
+fitted on, behind their length in longer texts, and on passages that come back. Where that would take all of them, or
+with --sliding-window, nothing is written instead. `accelerate launch` spreads the training over several processes.
 """
 
 import argparse

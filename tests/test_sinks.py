@@ -20,9 +20,10 @@ from gated_llama.inspection.attention import capture_attention
 from gated_llama.inspection.quantization import quantized
 from gated_llama.scripts.cli import main
 from gated_llama.sinks import recipe
-from gated_llama.sinks.budget import divergence_saved, undo_fewest, weights_of_attention
+from gated_llama.sinks.budget import undo_fewest, weights_of_attention
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, last_tokens, losses
+from gated_llama.sinks.key_heads import KeyHeads
 from gated_llama.sinks.layers import Lengths, attend, rotary_of, sink_tokens, state_lengths
 from gated_llama.sinks.move import MoveSettings, _LayerEdit, add_biases, move_sinks
 from modeling_gated import GatedLlamaForCausalLM
@@ -236,30 +237,66 @@ def test_layers_are_undone_until_the_budget_is_kept():
     assert len(found.undone) == 3 and "undone" in str(found)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
 @torch.no_grad()
-def test_what_a_layer_costs_is_what_its_old_weights_save():
-    base = gated_model(GatedLlamaForCausalLM)
+def test_a_key_head_that_is_given_back_is_what_it_was(hidden):
+    model = with_sinks(hidden=hidden)
+    before = copy.deepcopy(model)
+    add_biases(before)
+    unmoved = [weights_of_attention(layer) for layer in before.model.layers]
+    moved(model)
+    changed, made = difference(model, before), copy.deepcopy(model.state_dict())
+    heads = KeyHeads(model, unmoved, windows(), torch.float64)
+    assert heads.moved() == [(0, 0), (0, 1)] and heads.said([(0, 1)]) == "layer 0 (1)" and heads.said(()) == ""
+    heads.give_back([(0, 1)])
+    attention, was = model.model.layers[0].self_attn, before.model.layers[0].self_attn
+    assert heads.moved() == [(0, 0), (0, 1)]  # as they were made, whatever is given back
+    assert torch.equal(attention.o_proj.weight[:, 18:], was.o_proj.weight[:, 18:])
+    assert not attention.attn_gate.proj.weight[3:].any() and attention.attn_gate.proj.weight[:3].any()
+    assert not attention.v_proj.bias[6:].any() and attention.v_proj.bias[:6].any()
+    assert difference(model, before) < 1.1 * changed
+    if not hidden:  # such a sink has next to no value
+        attention.o_proj.bias.copy_(made["model.layers.0.self_attn.o_proj.bias"])  # as if it did not stand for values
+        assert difference(model, before) > 4 * changed
+    heads.give_back([(0, 0), (0, 1)])
+    assert difference(model, before) == 0 and heads.said([(0, 0), (0, 1)]) == "layer 0"
+    heads.give_back(())
+    assert all(torch.equal(value, made[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_what_a_key_head_costs_is_what_giving_it_back_saves(monkeypatch):
+    monkeypatch.setattr(KeyHeads, "_mean_inputs", lambda self: [torch.zeros(36)] * 3)  # this edit left biases alone
+    base = gated_model(GatedLlamaForCausalLM, trained=False)
     base.lm_head.weight *= 10
+    add_biases(base)
     edited, before = copy.deepcopy(base), [weights_of_attention(layer) for layer in base.model.layers]
-    for number, factor in ((0, 1.5), (2, 9.0)):
-        edited.model.layers[number].self_attn.o_proj.weight *= factor
+    for number, columns, factor in ((0, slice(18), 1.5), (2, slice(18, None), 9.0)):
+        edited.model.layers[number].self_attn.o_proj.weight[:, columns] *= factor
+        edited.model.layers[number].self_attn.k_proj.weight *= 1.01
     made = copy.deepcopy(edited.state_dict())
-    saved = divergence_saved(edited, base, token_ids(2, 30), before, [0, 1, 2])
-    assert saved[1] == 0 < saved[0] < saved[2]
+    heads = KeyHeads(edited, before, token_ids(2, 30), torch.float32)
+    moved = heads.moved()
+    assert moved == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    saved = heads.divergence_saved(base, moved)
+    assert saved[0, 1] < saved[0, 0] < saved[2, 1] and saved[2, 0] < saved[2, 1]
     assert all(torch.equal(value, made[name]) for name, value in edited.state_dict().items())
 
-    def as_before(number: int) -> bool:
-        pair = (model.model.layers[number].self_attn.o_proj.weight for model in (edited, base))
-        return torch.equal(*pair)
 
-    assert undo_fewest(edited, before, [1, 2, 0], [lambda: as_before(2)]) == [1, 2] and not as_before(0)
-    edited.load_state_dict(made)
-    first, then = (lambda: as_before(2)), (lambda: as_before(0))
-    assert undo_fewest(edited, before, [2, 0, 1], [first]) == [2] and not as_before(0)
-    edited.load_state_dict(made)
-    assert undo_fewest(edited, before, [2, 0, 1], [first, then]) == [0, 2]
-    edited.load_state_dict(made)
-    assert undo_fewest(edited, before, [1, 2, 0], [lambda: False]) == [0, 1, 2] and as_before(0)  # all is the most
+def test_as_few_as_need_be_are_undone():
+    undone = []
+
+    def undo(those):
+        undone[:] = those
+
+    def has(name):
+        return lambda: name in undone
+
+    assert undo_fewest("bca", undo, [has("c")]) == "bc"
+    assert undo_fewest("cab", undo, [has("c")]) == "c"
+    assert undo_fewest("cab", undo, [has("c"), has("a")]) == "ca"
+    assert undo_fewest("abcdefgh", undo, [has("b"), has("g"), has("c")]) == "abcdefg" and undone == list("abcdefg")
+    assert undo_fewest("bca", undo, [lambda: False]) == "bca"  # all is the most
 
 
 @torch.no_grad()
@@ -583,10 +620,36 @@ def test_a_model_that_forgot_to_look_back_is_not_returned(plain, monkeypatch, na
     assert asked[0][0] > 128 and asked[0][1] == 256 and not list(plain.glob("far*"))
 
 
-@pytest.mark.parametrize(("budget", "given_back"), [(9.0, None), (0.5, "1"), (0.05, "all")])
+@pytest.mark.parametrize(("healed", "is_undone"), [(0.3, False), (0.6, True), (float("nan"), True)])
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
-def test_layers_that_cost_too_much_are_given_back(plain, monkeypatch, budget, given_back):
-    """A move that ruins layer 1 above all, of a model whose loss tells which layers are not as they were."""
+def test_healing_is_kept_that_makes_more_good_than_it_costs(plain, monkeypatch, healed, is_undone):
+    """What was moved is over its budget. Healed, it costs a little more behind the rows, and on them less; or more."""
+    real_move, real_judge = recipe.move_sinks, recipe.Windows.judge
+    costs = [(0.0, 0.0), (0.5, 0.2), (healed, 0.21)]
+
+    def judge(self, model, **settings):
+        loss, far = costs.pop(0)
+        return replace(real_judge(self, model, **settings), loss=1 + loss, far=1 + far, recalled=1.0)
+
+    anything = MoveSettings(min_sink=0.0, max_error=1e9)
+    monkeypatch.setattr(recipe, "move_sinks", lambda model, ids, settings, **kw: real_move(model, ids, anything, **kw))
+    monkeypatch.setattr(recipe, "distil", lambda *args, **keywords: [])
+    monkeypatch.setattr(recipe.Windows, "judge", judge)
+    told = []
+    settings = DesinkSettings(move_tokens=512, heal_tokens=128, length=128, sliding_window=64)
+    with pytest.raises(VerificationError, match="the loss on held-out text rose"):
+        desink_checkpoint(
+            plain / "plain", [plain / "text.jsonl"], plain / "healed", settings, progress=False, announce=told.append
+        )
+    assert any(line.startswith("healed was undone") for line in told) == is_undone and not costs
+
+
+@pytest.mark.parametrize(
+    ("budget", "given_back"), [(9.0, None), (1.5, "1 of 6: layer 1 (1)"), (0.5, "2 of 6: layer 1"), (0.05, "all")]
+)
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_key_heads_that_cost_too_much_are_given_back(plain, monkeypatch, budget, given_back):
+    """Of a model whose loss tells which key heads are not as they were, those of layer 1 above all."""
     old = load_file(plain / "plain" / "model.safetensors")
     real_move, real_judge = recipe.move_sinks, recipe.Windows.judge
 
@@ -594,39 +657,46 @@ def test_layers_that_cost_too_much_are_given_back(plain, monkeypatch, budget, gi
     def move(model, ids, settings, **keywords):
         assert settings.max_loss == float("inf")  # nothing is undone before healing had its turn
         found = real_move(model, ids, MoveSettings(min_sink=0.0, max_error=1e9), **keywords)
-        for number, layer in enumerate(model.model.layers):
+        for layer in model.model.layers:
             layer.self_attn.k_proj.weight *= 1.1
-            layer.self_attn.o_proj.weight *= 30 if number == 1 else 1.1
+            layer.self_attn.o_proj.weight *= 1.1
         return found
 
-    def is_changed(weights: dict, number: int) -> bool:
-        name = f"model.layers.{number}.self_attn.o_proj.weight"
-        return not torch.equal(weights[name].bfloat16(), old[name])
+    def is_changed(weights: dict, number: int, head: int) -> bool:
+        name, columns = f"model.layers.{number}.self_attn.o_proj.weight", slice(18 * head, 18 * (head + 1))
+        return not torch.equal(weights[name][:, columns].bfloat16(), old[name][:, columns])
 
     def loss(self, model, name: str) -> float:
         weights = model.state_dict()
-        return 1.0 + sum(cost * is_changed(weights, number) for number, cost in enumerate((0.1, 1.0, 0.1)))
+        costs = {(number, head): 1.0 if number == 1 else 0.1 for number in range(3) for head in range(2)}
+        return 1.0 + sum(cost * is_changed(weights, *head) for head, cost in costs.items())
 
     def judged(self, model, **settings):
         return replace(real_judge(self, model, **settings), loss=loss(self, model, "loss"))
 
+    dearest = {(1, 0): 1e3, (1, 1): 1e6}
     monkeypatch.setattr(recipe, "move_sinks", move)
+    monkeypatch.setattr(
+        KeyHeads, "divergence_saved", lambda self, base, heads, **keywords: {h: dearest.get(h, 0.0) for h in heads}
+    )
     monkeypatch.setattr(recipe.Windows, "loss", loss)
     monkeypatch.setattr(recipe.Windows, "judge", judged)
     settings = DesinkSettings(max_loss=budget, move_tokens=512, heal_tokens=0, length=128)
-    output = plain / f"given-back-{given_back}"
+    output = plain / f"given-back-{budget}"
     run = partial(desink_checkpoint, plain / "plain", [plain / "text.jsonl"], output, settings, progress=False)
     if given_back == "all":
-        with pytest.raises(VerificationError, match="to move the sink of any layer costs more than"):
+        with pytest.raises(VerificationError, match="to move the sink of any key head costs more than"):
             run()
         assert not list(plain.glob(f"{output.name}*"))
         return
     result = run()
     assert [step.note for step in result.steps] == ([""] if given_back is None else ["", given_back])
     made = load_file(output / "model.safetensors")
-    assert [is_changed(made, number) for number in range(3)] == [True, given_back is None, True]
+    changed = [is_changed(made, 1, head) for head in range(2)]
+    assert changed == {9.0: [True, True], 1.5: [True, False], 0.5: [False, False]}[budget]
+    assert all(is_changed(made, number, head) for number in (0, 2) for head in range(2))
     card = (output / "README.md").read_text()
-    assert ("| layers given back: 1 |" in card) == (given_back is not None)
+    assert (f"| key heads given back: {given_back} |" in card) == (given_back is not None)
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")

@@ -22,7 +22,10 @@ from gated_llama.inspection.text import TEXT_TOKENS, look_at, look_at_sentence
 
 
 QUANTIZED = 256  # tokens on which quantization is simulated
-COMPARED, COMPARED_SHARE = 512, 0.025  # tokens of a piece that is run again with other gates, and the share of the text
+COMPARED, COMPARED_SHARE = 256, 0.0125  # tokens of a piece that is run again with other gates; share of the text
+    256,
+    0.0125,
+)  # tokens of a piece that is run again with other gates, and the share of the text
 
 
 def measure(
@@ -43,7 +46,7 @@ def measure(
         model: a causal language model whose layers are Llama's: Llama, Mistral, Qwen2, Qwen3 or gated.
         windows: token ids (windows, T) without padding, each measured by itself.
         compared_windows: how many of them to run again with the gates open and inverted, if there are gates; if None,
-            as many pieces of 512 tokens as make a fortieth of the text.
+            as many pieces of 256 tokens as make an eightieth of the text.
         sentence, query: a short text to look at token by token, and the word in it whose attention is shown (its last
             token if None).
 

@@ -1,17 +1,14 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What an edit may cost, and layers that are given back what they computed before it until it costs no more."""
+"""What an edit may cost, and how much of it is undone for it to cost no more."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle
+from typing import TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from gated_llama.inspection.attention import decoder_layers
-from gated_llama.sinks.distil import divergence
 from gated_llama.sinks.judge import Judgement
 
 
@@ -20,6 +17,8 @@ LOSSES = {  # that a budget holds for, by their fields of a `Judgement`, from th
     "recalled": "of passages that come back",
     "far": "behind the rows' length",
 }
+
+Edit = TypeVar("Edit")
 
 
 def highest_losses(before: Judgement, share: float) -> dict[str, float]:
@@ -31,11 +30,17 @@ def highest_losses(before: Judgement, share: float) -> dict[str, float]:
     }
 
 
-def too_dear(before: Judgement, now: Judgement, share: float, last: Judgement | None = None) -> str | None:
-    """What costs more than it may, in a sentence; what cost as much already in the `last` step does not count."""
+def excess(before: Judgement, now: Judgement, share: float) -> float:
+    """By how many nats `LOSSES` are higher than they may be, all together; no number if one of them is none."""
+    values = ((getattr(now, name), most) for name, most in highest_losses(before, share).items())
+    return sum(0.0 if value <= most else value - most for value, most in values)
+
+
+def too_dear(before: Judgement, now: Judgement, share: float) -> str | None:
+    """What costs more than it may, in a sentence."""
     for name, most in highest_losses(before, share).items():
         then, value = getattr(before, name), getattr(now, name)
-        if not value <= max(most, getattr(last or before, name)):
+        if not value <= most:
             return f"the loss {LOSSES[name]} rose from {then:.4f} to {value:.4f}, and it may by {most - then:.4f}"
     return None
 
@@ -56,24 +61,18 @@ def fewest(least: int, most: int, suffices: Callable[[int], bool]) -> int:
 
 
 def undo_fewest(
-    model: PreTrainedModel, before: Sequence[dict], order: Sequence[int], budgets: Sequence[Callable[[], bool]]
-) -> list[int]:
+    order: Sequence[Edit], undo: Callable[[Sequence[Edit]], None], budgets: Sequence[Callable[[], bool]]
+) -> Sequence[Edit]:
     """
-    Give layers back what they were `before`, in this `order`: the fewest with which all `budgets` are kept, of which
-    one is not kept as the model is.
+    Let `undo` undo as few as need be for all `budgets` to be kept, from the first of `order` on: of these one is not
+    kept as long as nothing is undone. It is given all that shall be undone; what it undid before is edited again.
 
     Returns:
-        Their numbers.
+        Those that are undone.
     """
-    layers = decoder_layers(model)
-    made = {number: weights_of_attention(layers[number]) for number in order}
-
-    def give_back(count: int) -> None:
-        for place, number in enumerate(order):
-            layers[number].load_state_dict(before[number] if place < count else made[number], strict=False)
 
     def kept_by(count: int, is_kept: Callable[[], bool]) -> bool:
-        give_back(count)
+        undo(order[:count])
         return is_kept()
 
     count, in_a_row = min(1, len(order)), 0
@@ -82,32 +81,5 @@ def undo_fewest(
         count, in_a_row = least, in_a_row + 1 if least == count else 1
         if in_a_row == len(budgets):
             break
-    give_back(count)
-    return sorted(order[:count])
-
-
-@torch.no_grad()
-def divergence_saved(
-    model: PreTrainedModel,
-    base: PreTrainedModel,
-    rows: torch.Tensor,
-    before: Sequence[dict],
-    numbers: Sequence[int],
-    *,
-    progress: bool = False,
-) -> dict[int, float]:
-    """By how much the divergence from `base` on `rows` (B, T) falls if one of these layers is what it was `before`."""
-    layers, device = decoder_layers(model), model.device
-    expected = [base(row[None].to(device), use_cache=False).logits for row in rows]
-
-    def diverges() -> float:
-        found = (model(row[None].to(device), use_cache=False).logits for row in rows)
-        return sum(divergence(*pair).item() for pair in zip(expected, found, strict=True)) / len(rows)
-
-    usual, saved = diverges(), {}
-    for number in tqdm(numbers, desc="what layers cost", unit=" layers", disable=not progress):
-        made = weights_of_attention(layers[number])
-        layers[number].load_state_dict(before[number], strict=False)
-        saved[number] = usual - diverges()
-        layers[number].load_state_dict(made, strict=False)
-    return saved
+    undo(order[:count])
+    return order[:count]

@@ -10,7 +10,7 @@ largely a function of the query's own hidden state, and that is what the gate re
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
@@ -35,7 +35,7 @@ HIDDEN = 16.0  # so many times below the size of states is a sink token in a cha
 STEEPEST = 1 / 4  # slope of a sigmoid: an error of its logit is one of at most this share in its value
 MARGIN = 2.0  # nats by which a sink's key is to be less attractive than the mean of the others
 HEAVIEST = 10.0  # times their median are the weights of a gate's fit capped: a few tokens else have most of it
-OUTPUT_RIDGE = 1e-2  # of the regression of `o_proj`, which has weights to keep near to
+OUTPUT_RIDGE = 1e-2  # of the regressions of `o_proj`, which has weights to keep near to
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "attn_gate.proj")
 
 
@@ -153,10 +153,16 @@ def move_sinks(
     if not loss_after <= most:
         order = sorted((number for number, cost in enumerate(costs) if cost), key=lambda number: -costs[number])
 
+        made = [weights_of_attention(layer) for layer in layers]
+
+        def undo(numbers: Sequence[int]) -> None:
+            for number in order:
+                layers[number].load_state_dict((before if number in numbers else made)[number], strict=False)
+
         def loss() -> float:
             return losses(model, windows[-judged:], batch_size=1).mean().item()
 
-        undone = undo_fewest(model, before, order, [lambda: loss() <= most])
+        undone = sorted(undo_fewest(order, undo, [lambda: loss() <= most]))
         loss_after = loss()
         fits = [replace(fit, moved=fit.moved and fit.layer not in undone) for fit in fits]
     return Moved(fits, loss_before, loss_after, undone)
@@ -267,7 +273,7 @@ class _LayerEdit:
             left = torch.where(heads, 1 - now.others[others].mean(0), sink)
             outputs = torch.where(heads[:, None], moved_gated, outputs)
             if good.any() and settings.outputs:
-                self.fit_outputs(outputs, out)
+                self.fit_outputs(outputs, target, good)
         result = attention.o_proj(outputs.flatten(2))
         if good.any():
             change = (result - out)[self.judged][others[self.judged]].square().sum()
@@ -435,26 +441,30 @@ class _LayerEdit:
         rows = good.repeat_interleave(len(bias) // len(good))
         gate.weight[rows], gate.bias[rows] = weight[rows], bias[rows]
 
-    def fit_outputs(self, outputs: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Let `o_proj` make of gated `outputs` (B, T, N, H) what was `wanted` (B, T, E), as near as it helps."""
+    def fit_outputs(self, outputs: torch.Tensor, target: torch.Tensor, good: torch.Tensor) -> None:
+        """
+        Let `o_proj` make of the gated `outputs` of each `good` (K) key head what it made of their `target`, both
+        (B, T, N, H), as near as it helps. None makes good what another misses, so each can be undone by itself.
+        """
         linear, others = self.attention.o_proj, ~self.sinks
-        inputs = outputs.flatten(2)
-
-        def missed(rows: slice) -> torch.Tensor:
-            return (wanted - linear(inputs))[rows][others[rows]]
-
-        read, left = inputs[self.fitted][others[self.fitted]].double(), missed(self.fitted).double()
-        mean, error = read.mean(0), missed(self.judged).square().sum()
-        centred = read - mean if linear.bias is not None else read
-        change = torch.linalg.solve(
-            _with_ridge(centred.T @ centred / len(read), OUTPUT_RIDGE), centred.T @ left / len(read)
-        ).T
-        before = {name: value.clone() for name, value in linear.state_dict().items()}
-        linear.weight += change.to(linear.weight)
-        if linear.bias is not None:
-            linear.bias += (left.mean(0) - change @ mean).to(linear.bias)
-        if missed(self.judged).square().sum() > error:
-            linear.load_state_dict(before)
+        size = self.groups * self.attention.head_dim
+        for head in good.nonzero().flatten().tolist():
+            columns = slice(head * size, (head + 1) * size)
+            read, missed = (x.flatten(2)[..., columns].double() for x in (outputs, target - outputs))  # (B, T, size)
+            rows, left = (x[self.fitted][others[self.fitted]] for x in (read, missed))
+            mean, left_mean = (rows.mean(0), left.mean(0)) if linear.bias is not None else (0.0, 0.0)
+            rows, left = rows - mean, left - left_mean
+            second = _with_ridge(rows.T @ rows / len(rows), OUTPUT_RIDGE)
+            change = torch.linalg.solve(second, rows.T @ left / len(rows))  # (size, size)
+            still = missed - left_mean - (read - mean) @ change
+            weight = linear.weight[:, columns].double()
+            error, error_still = (
+                (x[self.judged][others[self.judged]] @ weight.T).square().sum() for x in (missed, still)
+            )
+            if error_still < error:
+                linear.weight[:, columns] += (weight @ change.T).to(linear.weight)
+                if linear.bias is not None:
+                    linear.bias += (weight @ (left_mean - mean @ change)).to(linear.bias)
 
 
 def _with_ridge(second: torch.Tensor, ridge: float) -> torch.Tensor:

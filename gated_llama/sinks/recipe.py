@@ -34,11 +34,12 @@ from gated_llama.conversion.verify import no_bars_of_transformers
 from gated_llama.errors import UserError, VerificationError
 from gated_llama.gates import gate_modules
 from gated_llama.inspection import SENTENCE
-from gated_llama.inspection.attention import decoder_layers
 from gated_llama.inspection.measure import measure
 from gated_llama.loading import load, refuse_adapter
-from gated_llama.sinks.budget import divergence_saved, highest_losses, too_dear, undo_fewest
+from gated_llama.sinks.budget import excess, highest_losses, too_dear, undo_fewest
 from gated_llama.sinks.distil import DistilSettings, distil
+from gated_llama.sinks.judge import Judgement
+from gated_llama.sinks.key_heads import KeyHeads
 from gated_llama.sinks.layers import sink_tokens, state_lengths
 from gated_llama.sinks.move import MoveSettings, add_biases, move_sinks
 from gated_llama.sinks.result import DesinkResult, Step
@@ -49,9 +50,9 @@ from gated_llama.training.trainer import has_accelerator
 
 
 INSPECTED = 8  # windows that the page is made of
-COMPARED = 1024  # tokens of a row on which it is measured what layers cost
+COMPARED = 1024  # tokens of a row on which it is measured what key heads cost
 ANY_PRICE = MoveSettings(max_loss=float("inf"))
-LEAST_ATTENTION = 1e-3  # that a layer is taken to be rid of, summed over its heads
+LEAST_ATTENTION = 0.05  # that a key head is taken to be rid of, summed over the query heads that share it
 
 
 def desink_checkpoint(
@@ -180,8 +181,8 @@ def let_slide(config: GatedLlamaConfig, window: int) -> None:
 @dataclass
 class _Steps:
     """
-    Calms, moves and heals `edited` as far as `settings` ask for it, and gives layers back that cost too much. Each step
-    is added to `result`, and kept; its weights are rounded to `dtype`, so that what is measured is what is saved.
+    Calms, moves and heals `edited` as far as `settings` ask for it, and gives key heads back that cost too much. Each
+    step is added to `result`, and kept; its weights are rounded to `dtype`, so that what is measured is what is saved.
     """
 
     base: PreTrainedModel
@@ -203,19 +204,19 @@ class _Steps:
         if settings.calm_only:
             return
         self.is_calm = any(done.name == "calmed" and not done.undone for done in steps)
-        # Whatever it costs: healing makes good what it can, and layers that still cost too much are given back.
+        # Whatever it costs: healing makes good what it can, and key heads that still cost too much are given back.
         self.step("moved", self.fitted.numel(), self.move, may_be_undone=False)
         if settings.heal_tokens:  # gates alone cannot calm what is massive
             self.learn("healed", "gates", settings.heal_tokens, DistilSettings.penalty if self.is_calm else 0.0)
         # What is to slide needs all sinks gone.
         if not settings.sliding_window and too_dear(self.result.before, self.result.after, settings.max_loss):
             rows = self.windows.cut(4 * COMPARED, "given back", COMPARED)[1:3]  # one plain, in one passages come back
-            self.step("layers given back", rows.numel(), lambda: self.give_back(rows), may_be_undone=False)
+            self.step("key heads given back", rows.numel(), lambda: self.give_back(rows), may_be_undone=False)
 
     def step(self, name: str, tokens: int, work: Callable[[], str | None], *, may_be_undone: bool) -> None:
         """
-        Do it, unless a run that is resumed did; measure, say so, and undo what costs more than it may. What `work`
-        returns is noted.
+        Do it, unless a run that is resumed did; measure, say so, and undo what costs more than it may and makes nothing
+        good. What `work` returns is noted.
         """
         before, steps = self.result.before, self.result.steps
         if any(done.name == name for done in steps):
@@ -226,7 +227,9 @@ class _Steps:
         now = from_main(self.windows.judge(self.edited, quantizations=()))
         steps.append(Step(name, tokens, time.monotonic() - since, False, now, note or ""))
         self.announce(f"{steps[-1].title} ({tokens:,} tokens, {steps[-1].seconds:.0f} s): {self.result.verdict()}")
-        if may_be_undone and (dear := too_dear(before, now, self.settings.max_loss, last)):
+        most = self.settings.max_loss
+        is_nearer = excess(before, now, most) < excess(before, last, most)  # to its budget, if the move took it away
+        if may_be_undone and not is_nearer and (dear := too_dear(before, now, most)):
             self.run.restore(self.edited)
             steps[-1] = replace(steps[-1], undone=True, judgement=last)
             self.announce(f"{name} was undone: {dear}")
@@ -264,31 +267,31 @@ class _Steps:
 
     def give_back(self, rows: torch.Tensor) -> str:
         """
-        Give layers back what they were before the move, until the budget is kept: those first that cost the most of it
-        for the attention to sinks that they are rid of.
+        Give key heads back what they were before the move, until the budget is kept: those first that cost the most of
+        it for the attention to sinks that they are rid of.
         """
-        unmoved = self.run.unmoved()
-        moved = [
-            number
-            for number, layer in enumerate(decoder_layers(self.edited))
-            if not torch.equal(layer.self_attn.k_proj.weight.cpu(), unmoved[number]["self_attn.k_proj.weight"])
-        ]
+        heads = KeyHeads(self.edited, self.run.unmoved(), rows, self.dtype)
         before = self.result.steps[0].judgement if self.is_calm else self.result.before
-        rid = [sum(was) - sum(now) for was, now in zip(before.heads, self.result.after.heads, strict=True)]
-        saved = divergence_saved(self.edited, self.base, rows, unmoved, moved, progress=self.progress)
-        order = from_main(sorted(moved, key=lambda number: -saved[number] / max(rid[number], LEAST_ATTENTION)))
+        moved, groups = heads.moved(), self.edited.config.num_attention_heads // self.edited.config.num_key_value_heads
+
+        def attention(judged: Judgement, layer: int, head: int) -> float:
+            return sum(judged.heads[layer][head * groups : (head + 1) * groups])
+
+        rid = {head: attention(before, *head) - attention(self.result.after, *head) for head in moved}
+        saved = heads.divergence_saved(self.base, moved, progress=self.progress)
+        order = from_main(sorted(moved, key=lambda head: -saved[head] / max(rid[head], LEAST_ATTENTION)))
 
         def keeps(name: str, most: float) -> bool:
             return from_main(self.windows.loss(self.edited, name) <= most)
 
         highest = highest_losses(self.result.before, self.settings.max_loss)
-        given = undo_fewest(self.edited, unmoved, order, [partial(keeps, *budget) for budget in highest.items()])
+        given = undo_fewest(order, heads.give_back, [partial(keeps, *budget) for budget in highest.items()])
         if len(given) == len(moved):
             raise VerificationError(
-                f"to move the sink of any layer costs more than {self.settings.max_loss:.2%} of loss: give more text "
-                "of the kind that the model is for, or a larger --max-loss."
+                f"to move the sink of any key head costs more than {self.settings.max_loss:.2%} of loss: give more "
+                "text of the kind that the model is for, or a larger --max-loss."
             )
-        return ", ".join(map(str, given))
+        return f"{len(given)} of {len(moved)}: {heads.said(given)}"
 
 
 @torch.no_grad()
