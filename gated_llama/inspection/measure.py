@@ -23,9 +23,6 @@ from gated_llama.inspection.text import TEXT_TOKENS, look_at, look_at_sentence
 
 QUANTIZED = 256  # tokens on which quantization is simulated
 COMPARED, COMPARED_SHARE = 256, 0.0125  # tokens of a piece that is run again with other gates; share of the text
-    256,
-    0.0125,
-)  # tokens of a piece that is run again with other gates, and the share of the text
 
 
 def measure(
