@@ -33,6 +33,7 @@ from tiny import gated_model, published, source_model, tiny_tokenizer, token_ids
 TOKENS = 17
 KINDS = 2  # tokens that may stand at each place but a sink's
 EXACT = MoveSettings(ridge=1e-12, max_error=0.05, min_sink=0.1, outputs=False)
+ROUGH = replace(EXACT, ridge=0.3, max_error=9.0, outputs=True)  # which leaves `o_proj` something to make good
 VARIANTS = {
     "headwise": {},
     "elementwise": {"gate_type": "elementwise"},
@@ -210,6 +211,11 @@ def test_heads_without_a_sink_or_a_fit_stay_as_they_are():
     assert not attention.v_proj.bias[6:].any() and attention.v_proj.bias[:6].any()
     for part in ("k_proj.weight", "attn_gate.proj.weight"):
         assert not torch.equal(attention.get_parameter(part), was.get_parameter(part))
+    assert torch.equal(attention.o_proj.weight, was.o_proj.weight)
+    refitted = copy.deepcopy(before)  # and none makes good what another misses
+    moved(refitted, settings=ROUGH)
+    weight = refitted.model.layers[0].self_attn.o_proj.weight
+    assert torch.equal(weight[:, 18:], was.o_proj.weight[:, 18:]) and not torch.equal(weight, was.o_proj.weight)
     unfit = with_sinks()
     found = moved(unfit, settings=replace(EXACT, ridge=1e3, max_error=0.01))  # such a ridge fits nothing
     assert not any(fit.moved for fit in found.heads) and difference(unfit, with_sinks()) == 0
@@ -237,14 +243,14 @@ def test_layers_are_undone_until_the_budget_is_kept():
     assert len(found.undone) == 3 and "undone" in str(found)
 
 
-@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize(("hidden", "settings"), [(False, EXACT), (True, EXACT), (False, ROUGH)])
 @torch.no_grad()
-def test_a_key_head_that_is_given_back_is_what_it_was(hidden):
+def test_a_key_head_that_is_given_back_is_what_it_was(hidden, settings):
     model = with_sinks(hidden=hidden)
     before = copy.deepcopy(model)
     add_biases(before)
     unmoved = [weights_of_attention(layer) for layer in before.model.layers]
-    moved(model)
+    moved(model, settings=settings)
     changed, made = difference(model, before), copy.deepcopy(model.state_dict())
     heads = KeyHeads(model, unmoved, windows(), torch.float64)
     assert heads.moved() == [(0, 0), (0, 1)] and heads.said([(0, 1)]) == "layer 0 (1)" and heads.said(()) == ""
@@ -257,7 +263,7 @@ def test_a_key_head_that_is_given_back_is_what_it_was(hidden):
     assert difference(model, before) < 1.1 * changed
     if not hidden:  # such a sink has next to no value
         attention.o_proj.bias.copy_(made["model.layers.0.self_attn.o_proj.bias"])  # as if it did not stand for values
-        assert difference(model, before) > 4 * changed
+        assert difference(model, before) > 2 * changed
     heads.give_back([(0, 0), (0, 1)])
     assert difference(model, before) == 0 and heads.said([(0, 0), (0, 1)]) == "layer 0"
     heads.give_back(())
