@@ -1,7 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 `desink` on a real model, from start to end, with a record of all that it measured in benchmarks/results/desink.jsonl.
-What it prints is what `gated-llama desink` prints; here nothing need be installed.
+It does what `gated-llama desink` does, and takes a checkout on the PYTHONPATH for an installation.
 
     python benchmarks/bench_desink.py build/models/smollm2-135m --text FILE.jsonl [--settings '{"max_loss": 0.05}']
 """
@@ -26,7 +26,6 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="a text or .jsonl file")
     parser.add_argument("--settings", type=json.loads, default={}, help="fields of DesinkSettings, as JSON")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "desinked", help="for the checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on with the run that was stopped")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--records", type=Path, default=RESULTS / "desink.jsonl")
     args = parser.parse_args()
@@ -36,8 +35,7 @@ def main() -> None:
         [args.text],
         args.out,
         settings,
-        resume=args.resume,
-        force=not args.resume,
+        force=True,
         progress=not args.quiet,
         announce=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -284,6 +284,7 @@ def test_what_a_key_head_costs_is_what_giving_it_back_saves(monkeypatch):
     heads = KeyHeads(edited, before, token_ids(2, 30), torch.float32)
     moved = heads.moved()
     assert moved == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert heads.divergence_saved(base, [(1, 0)]) == {(1, 0): 0}
     saved = heads.divergence_saved(base, moved)
     assert saved[0, 1] < saved[0, 0] < saved[2, 1] and saved[2, 0] < saved[2, 1]
     assert all(torch.equal(value, made[name]) for name, value in edited.state_dict().items())

@@ -30,19 +30,19 @@ def highest_losses(before: Judgement, share: float) -> dict[str, float]:
     }
 
 
-def excess(before: Judgement, now: Judgement, share: float) -> float:
-    """By how many nats `LOSSES` are higher than they may be, all together; no number if one of them is none."""
-    values = ((getattr(now, name), most) for name, most in highest_losses(before, share).items())
-    return sum(0.0 if value <= most else value - most for value, most in values)
+def excess(before: Judgement, now: Judgement, share: float) -> dict[str, float]:
+    """Those of `LOSSES` that are higher than they may be, and by how many nats."""
+    highest = highest_losses(before, share).items()
+    return {name: getattr(now, name) - most for name, most in highest if not getattr(now, name) <= most}
 
 
 def too_dear(before: Judgement, now: Judgement, share: float) -> str | None:
     """What costs more than it may, in a sentence."""
-    for name, most in highest_losses(before, share).items():
-        then, value = getattr(before, name), getattr(now, name)
-        if not value <= most:
-            return f"the loss {LOSSES[name]} rose from {then:.4f} to {value:.4f}, and it may by {most - then:.4f}"
-    return None
+    name = next(iter(excess(before, now, share)), None)
+    if name is None:
+        return None
+    then, value, most = getattr(before, name), getattr(now, name), highest_losses(before, share)[name]
+    return f"the loss {LOSSES[name]} rose from {then:.4f} to {value:.4f}, and it may by {most - then:.4f}"
 
 
 def weights_of_attention(layer: nn.Module) -> dict[str, torch.Tensor]:

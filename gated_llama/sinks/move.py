@@ -151,21 +151,28 @@ def move_sinks(
     loss_before, loss_after = (_loss(model, states[-judged:], windows[-judged:]) for states in (base, edited))
     undone, most = [], (1 + settings.max_loss) * loss_before
     if not loss_after <= most:
-        order = sorted((number for number, cost in enumerate(costs) if cost), key=lambda number: -costs[number])
-
-        made = [weights_of_attention(layer) for layer in layers]
-
-        def undo(numbers: Sequence[int]) -> None:
-            for number in order:
-                layers[number].load_state_dict((before if number in numbers else made)[number], strict=False)
-
-        def loss() -> float:
-            return losses(model, windows[-judged:], batch_size=1).mean().item()
-
-        undone = sorted(undo_fewest(order, undo, [lambda: loss() <= most]))
-        loss_after = loss()
+        undone, loss_after = _undo_layers(model, before, costs, windows[-judged:], most)
         fits = [replace(fit, moved=fit.moved and fit.layer not in undone) for fit in fits]
     return Moved(fits, loss_before, loss_after, undone)
+
+
+def _undo_layers(
+    model: PreTrainedModel, before: list[dict], costs: list[float], windows: torch.Tensor, most: float
+) -> tuple[list[int], float]:
+    """Undo the costliest layers until the loss on `windows` is at most `most`: their numbers, and the loss."""
+    layers = decoder_layers(model)
+    order = sorted((number for number, cost in enumerate(costs) if cost), key=lambda number: -costs[number])
+    made = [weights_of_attention(layer) for layer in layers]
+
+    def undo(numbers: Sequence[int]) -> None:
+        for number in order:
+            layers[number].load_state_dict((before if number in numbers else made)[number], strict=False)
+
+    def loss() -> float:
+        return losses(model, windows, batch_size=1).mean().item()
+
+    undone = sorted(undo_fewest(order, undo, [lambda: loss() <= most]))
+    return undone, loss()
 
 
 def add_biases(model: PreTrainedModel, *, attention: bool = True) -> None:
@@ -446,22 +453,21 @@ class _LayerEdit:
         Let `o_proj` make of the gated `outputs` of each `good` (K) key head what it made of their `target`, both
         (B, T, N, H), as near as it helps. None makes good what another misses, so each can be undone by itself.
         """
-        linear, others = self.attention.o_proj, ~self.sinks
+        linear, others, missed = self.attention.o_proj, ~self.sinks, target - outputs
         size = self.groups * self.attention.head_dim
         for head in good.nonzero().flatten().tolist():
             columns = slice(head * size, (head + 1) * size)
-            read, missed = (x.flatten(2)[..., columns].double() for x in (outputs, target - outputs))  # (B, T, size)
-            rows, left = (x[self.fitted][others[self.fitted]] for x in (read, missed))
-            mean, left_mean = (rows.mean(0), left.mean(0)) if linear.bias is not None else (0.0, 0.0)
-            rows, left = rows - mean, left - left_mean
-            second = _with_ridge(rows.T @ rows / len(rows), OUTPUT_RIDGE)
-            change = torch.linalg.solve(second, rows.T @ left / len(rows))  # (size, size)
-            still = missed - left_mean - (read - mean) @ change
-            weight = linear.weight[:, columns].double()
-            error, error_still = (
-                (x[self.judged][others[self.judged]] @ weight.T).square().sum() for x in (missed, still)
+            (read, left), (read_judged, left_judged) = (
+                [x[rows].flatten(2)[others[rows]][:, columns].double() for x in (outputs, missed)]  # (tokens, size)
+                for rows in (self.fitted, self.judged)
             )
-            if error_still < error:
+            mean, left_mean = (read.mean(0), left.mean(0)) if linear.bias is not None else (0.0, 0.0)
+            read, left = read - mean, left - left_mean
+            second = _with_ridge(read.T @ read / len(read), OUTPUT_RIDGE)
+            change = torch.linalg.solve(second, read.T @ left / len(read))  # (size, size)
+            still_left = left_judged - left_mean - (read_judged - mean) @ change
+            weight = linear.weight[:, columns].double()
+            if (still_left @ weight.T).square().sum() < (left_judged @ weight.T).square().sum():
                 linear.weight[:, columns] += (weight @ change.T).to(linear.weight)
                 if linear.bias is not None:
                     linear.bias += (weight @ (left_mean - mean @ change)).to(linear.bias)

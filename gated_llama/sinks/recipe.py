@@ -227,9 +227,9 @@ class _Steps:
         now = from_main(self.windows.judge(self.edited, quantizations=()))
         steps.append(Step(name, tokens, time.monotonic() - since, False, now, note or ""))
         self.announce(f"{steps[-1].title} ({tokens:,} tokens, {steps[-1].seconds:.0f} s): {self.result.verdict()}")
-        most = self.settings.max_loss
-        is_nearer = excess(before, now, most) < excess(before, last, most)  # to its budget, if the move took it away
-        if may_be_undone and not is_nearer and (dear := too_dear(before, now, most)):
+        share = self.settings.max_loss
+        over = [sum(excess(before, judged, share).values()) for judged in (last, now)]
+        if may_be_undone and not over[1] < over[0] and (dear := too_dear(before, now, share)):
             self.run.restore(self.edited)
             steps[-1] = replace(steps[-1], undone=True, judgement=last)
             self.announce(f"{name} was undone: {dear}")
@@ -272,7 +272,8 @@ class _Steps:
         """
         heads = KeyHeads(self.edited, self.run.unmoved(), rows, self.dtype)
         before = self.result.steps[0].judgement if self.is_calm else self.result.before
-        moved, groups = heads.moved(), self.edited.config.num_attention_heads // self.edited.config.num_key_value_heads
+        moved, config = heads.moved(), self.edited.config
+        groups = config.num_attention_heads // config.num_key_value_heads
 
         def attention(judged: Judgement, layer: int, head: int) -> float:
             return sum(judged.heads[layer][head * groups : (head + 1) * groups])
