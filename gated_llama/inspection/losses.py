@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-TOKENS_AT_ONCE = 1024  # whose logits are held
+TOKENS_AT_ONCE, CACHED = 1024, 64  # whose logits are held; of those as fp32 that a processor's cache holds
 
 
 def last_states(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -17,17 +17,19 @@ def last_states(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | 
 
 
 def logits_in_parts(model: PreTrainedModel, states: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """The logits in fp32 of some tokens at a time, with the first and the last of them."""
+    """The logits of some tokens at a time, with the first and the last of them."""
     for start in range(0, states.shape[1], TOKENS_AT_ONCE):
         stop = min(start + TOKENS_AT_ONCE, states.shape[1])
-        yield start, stop, model.get_output_embeddings()(states[:, start:stop]).float()
+        yield start, stop, model.get_output_embeddings()(states[:, start:stop])
 
 
 def token_losses(model: PreTrainedModel, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """In nats, for each predicted token: (B, T - 1), on the CPU."""
     wanted = ids[:, 1:].to(states.device)
-    losses = [
-        nn.functional.cross_entropy(logits.transpose(1, 2), wanted[:, start:stop], reduction="none")
-        for start, stop, logits in logits_in_parts(model, states[:, :-1])
-    ]
-    return torch.cat(losses, dim=1).double().cpu()
+    at_once = CACHED if states.device.type == "cpu" else TOKENS_AT_ONCE
+    found = []
+    for start, stop, logits in logits_in_parts(model, states[:, :-1]):
+        parts = zip(logits.flatten(0, 1).split(at_once), wanted[:, start:stop].flatten().split(at_once), strict=True)
+        losses = [nn.functional.cross_entropy(part.float(), token, reduction="none") for part, token in parts]
+        found.append(torch.cat(losses).unflatten(0, (len(ids), -1)))
+    return torch.cat(found, dim=1).double().cpu()

@@ -171,9 +171,9 @@ def _without_gates(
             for parts in zip(*(logits_in_parts(model, of) for of in states.values()), strict=True):
                 start, stop, _ = parts[0]
                 wanted = ids[:, start + 1 : stop + 1, None].to(before.device)
-                expected = parts[0][2].log_softmax(-1)
+                expected = parts[0][2].float().log_softmax(-1)
                 for name, (_, _, logits) in zip(states, parts, strict=True):
-                    found = expected if name == "trained" else logits.log_softmax(-1)
+                    found = expected if name == "trained" else logits.float().log_softmax(-1)
                     sums[name][0] -= found[:, : wanted.shape[1]].gather(2, wanted).double().sum().item()
                     difference = nn.functional.kl_div(found, expected, reduction="none", log_target=True)
                     sums[name][1] += difference.sum(dtype=torch.float64).item()

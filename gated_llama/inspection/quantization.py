@@ -21,7 +21,7 @@ QUANTIZATIONS = {  # how inputs are scaled, and to how many bits
 
 def rounded(x: torch.Tensor, largest: torch.Tensor, levels: int = 127) -> torch.Tensor:
     step = largest.clamp_min(1e-12) / levels
-    return (x / step).round().clamp(-levels, levels) * step
+    return (x / step).round_().clamp_(-levels, levels).mul_(step)
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def quantized(
     if how == "static per tensor":
 
         def see(linear: nn.Module, inputs: tuple) -> None:
-            peak = inputs[0].detach().abs().max()
+            peak = inputs[0].detach().abs().amax()
             largest[linear] = torch.maximum(largest.get(linear, peak), peak)
 
         hooks = [linear.register_forward_pre_hook(see) for linear in linears]
@@ -54,7 +54,7 @@ def quantized(
     def quantize(linear: nn.Module, inputs: tuple) -> tuple:
         x = inputs[0]
         peak = {
-            "dynamic per tensor": lambda: x.abs().max(),
+            "dynamic per tensor": lambda: x.abs().amax(),
             "static per tensor": lambda: largest[linear],
             "per token": lambda: x.abs().amax(-1, keepdim=True),
         }[how]()
@@ -64,7 +64,7 @@ def quantized(
         for linear in linears:
             weight = linear.weight.data
             stack.callback(setattr, linear.weight, "data", weight)
-            peak = weight.abs().amax(1, keepdim=True) if how == "per token" else weight.abs().max()
+            peak = weight.abs().amax(1, keepdim=True) if how == "per token" else weight.abs().amax()
             linear.weight.data = rounded(weight, peak, levels)
             stack.callback(linear.register_forward_pre_hook(quantize).remove)
         yield
