@@ -143,6 +143,16 @@ def test_inputs_of_linears_are_those_that_pass():
         assert report.input_kurtosis[name][1] == pytest.approx(kurtosis.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_in_the_stream_are_those_that_pass(dtype):
+    model, windows, seen = source_model("llama").to(dtype), token_ids(3, 61), []
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(output.abs().float()))
+    report = measured(model, windows, batch_size=3).activations
+    sizes = seen[0].flatten(1)  # (B, T·E), T and E odd and even: torch takes the lower of two in the middle
+    assert report.median[1] == pytest.approx(sizes.median(1).values.mean().item(), rel=1e-6)
+    assert report.top3[1] == pytest.approx(sizes.topk(3).values.mean(0).tolist(), rel=1e-6)
+
+
 def with_gates(*values):
     model = gated_model(GatedLlamaForCausalLM, gate_bias=True, trained=False)
     for layer, value in zip(model.model.layers, values, strict=True):
