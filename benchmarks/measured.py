@@ -69,11 +69,12 @@ def summary(values: list[float]) -> dict:
 
 
 def circumstances(*packages: str) -> dict:
-    """What every record says: the device and its GPU, versions of torch, Transformers and `packages`, commit, day."""
+    """For every record: the device, its instructions and GPU, versions of torch, Transformers, `packages`, commit, day."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     return {
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "versions": {
             "python": platform.python_version(),

@@ -42,6 +42,18 @@ def test_maps_are_the_eager_ones(monkeypatch, variant, block):
     assert model.config._attn_implementation == "eager" and not attention._callbacks
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])  # a unit or two
+@pytest.mark.parametrize("head_dim", [16, 8], ids=["scaled by a power of two", "scaled by none"])
+def test_maps_in_half_precision(head_dim, dtype, rtol):
+    model, ids = source_model("llama", head_dim=head_dim).to(dtype), token_ids()
+    _, captured = maps(model, ids)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(ids, use_cache=False, output_attentions=True).attentions[0]  # the first: later ones drift
+    assert expected.dtype == dtype
+    torch.testing.assert_close(captured[0], expected.float(), rtol=rtol, atol=1e-6)
+
+
 def test_control_a_window_that_is_forgotten_is_seen(monkeypatch):
     model = source_model("mistral")
     _, right = maps(model, token_ids())

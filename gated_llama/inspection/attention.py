@@ -21,7 +21,7 @@ BLOCK = {"cpu": 2**21}
 BLOCK_ELSEWHERE = 2**24
 
 # Told of each block: the layer, the number of the first query and of the first key in it, the attention weights
-# (B, N, queries, keys), zero where a query does not look, and the output (B, N, queries, H).
+# (B, N, queries, keys), zero where a query does not look, and the output (B, N, queries, H); in the model's dtype.
 AttentionCallback = Callable[[int, int, int, torch.Tensor, torch.Tensor], None]
 _callbacks: list[AttentionCallback] = []
 
@@ -97,10 +97,10 @@ def _attention(
             seen = seen & attention_mask[:, None, None, first:stop].bool()
         # To add takes a third as long as to fill.
         logits[..., hidden_from - first :] += logits.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-        weights = logits.softmax(-1, dtype=torch.float32)
+        weights = logits.softmax(-1)  # which computes in fp32
         if attention_mask is not None:
             weights = weights.nan_to_num_()  # of padding, which sees nothing
-        block = weights.to(value.dtype).unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, N/K · b, keys)
+        block = weights.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, K, N/K · b, keys)
         output[:, :, start:stop] = (block @ value[:, :, first:stop]).unflatten(2, (groups, -1)).flatten(1, 2)
         for callback in _callbacks:
             callback(module.layer_idx, start, first, weights, output[:, :, start:stop])

@@ -17,9 +17,10 @@ def last_states(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | 
 
 
 def logits_in_parts(model: PreTrainedModel, states: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """The logits of some tokens at a time, with the first and the last of them."""
-    for start in range(0, states.shape[1], TOKENS_AT_ONCE):
-        stop = min(start + TOKENS_AT_ONCE, states.shape[1])
+    """The logits of some tokens of each row at a time, with the first and the last of them."""
+    at_once = max(1, TOKENS_AT_ONCE // len(states))
+    for start in range(0, states.shape[1], at_once):
+        stop = min(start + at_once, states.shape[1])
         yield start, stop, model.get_output_embeddings()(states[:, start:stop])
 
 

@@ -71,8 +71,8 @@ def _attention_and_states(model: PreTrainedModel, windows: torch.Tensor, batch_s
 
     def see(layer: int, start: int, begin: int, weights: torch.Tensor, output: torch.Tensor) -> None:
         if begin == 0:
-            first.append(weights[..., 0].sum().item())
-        late = weights[:, :, max(0, later - start) :].sum(2)  # (B, N, keys)
+            first.append(weights[..., 0].sum(dtype=torch.float32).item())
+        late = weights[:, :, max(0, later - start) :].sum(2, dtype=torch.float32)  # (B, N, keys)
         sums = received.setdefault(layer, late.new_zeros(*late.shape[:2], windows.shape[1]))
         sums[:, :, begin : begin + late.shape[2]] += late
 
