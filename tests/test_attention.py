@@ -22,7 +22,7 @@ def maps(model, ids, **inputs):
     return logits, [layers[layer] for layer in sorted(layers)]
 
 
-@pytest.mark.parametrize("block", [1, 200, 2**23], ids=["row by row", "few rows", "at once"])
+@pytest.mark.parametrize("block", [1, 4000, 2**23], ids=["row by row", "few rows", "at once"])
 @pytest.mark.parametrize("variant", ["gated", *VARIANTS])
 def test_maps_are_the_eager_ones(monkeypatch, variant, block):
     monkeypatch.setitem(attention.BLOCK, "cpu", block)

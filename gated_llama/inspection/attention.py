@@ -15,10 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 
 NAME = "gated_llama_watched"
-# Attention weights held at once: on a CPU what its cache holds, and so few queries that most keys which a causal mask
-# hides are never met.
-BLOCK = {"cpu": 2**21}
-BLOCK_ELSEWHERE = 2**24
+# Bytes of attention weights held at once: on a CPU what its cache holds, and so few queries that most keys which a
+# causal mask hides are never met.
+BLOCK = {"cpu": 2**23}
+BLOCK_ELSEWHERE = 2**26
 
 # Told of each block: the layer, the number of the first query and of the first key in it, the attention weights
 # (B, N, queries, keys), zero where a query does not look, and the output (B, N, queries, H); in the model's dtype.
@@ -80,7 +80,8 @@ def _attention(
     scaled_before = query.dtype == torch.float32 or math.frexp(scaling)[0] == 0.5
     grouped = (query * scaling if scaled_before else query).unflatten(1, (-1, groups))  # (B, K, N/K, T, H)
     output = torch.empty_like(query)
-    rows = max(1, BLOCK.get(query.device.type, BLOCK_ELSEWHERE) // (batch * heads * tokens))
+    row = batch * heads * tokens * query.element_size()  # bytes of one query's
+    rows = max(1, BLOCK.get(query.device.type, BLOCK_ELSEWHERE) // row)
     places = torch.arange(tokens, device=query.device)
     for start in range(0, tokens, rows):
         stop = min(tokens, start + rows)

@@ -95,7 +95,7 @@ class AttentionSums(Collector):
     def see(self, layer: int, start: int, first: int, weights: torch.Tensor, output: torch.Tensor) -> None:
         # `to`: layers may lie on several devices.
         self.sizes[layer] += output.abs().float().mean((1, 3)).sum().to(self.sizes.device)
-        received = weights.sum(2, dtype=torch.float32)  # (B, N, keys)
+        received = weights.sum(2)  # (B, N, keys), added up in fp32 and rounded to the dtype of the weights
         self.received[layer, ..., first : first + weights.shape[3]] += received.to(self.received.device)
         if first == 0:
             self.to_first[layer, ..., start : start + weights.shape[2]] = weights[..., 0]
