@@ -106,7 +106,7 @@ def measure_real(args: argparse.Namespace) -> None:
             )
             record = {"model": Path(folder).name, "length": length, "tokens": windows.numel(), "ratio": summary(pairs)}
             record |= {"dtype": args.dtype, "threads": torch.get_num_threads(), **circumstances()}
-            keep_record(args.records, record, "model", "length", "dtype", "device")
+            keep_record(args.records, record, "model", "length", "dtype", "device", "instructions")
 
 
 def main() -> None:

@@ -175,8 +175,9 @@ def _without_gates(
                 for name, (_, _, logits) in zip(states, parts, strict=True):
                     found = expected if name == "trained" else logits.float().log_softmax(-1)
                     sums[name][0] -= found[:, : wanted.shape[1]].gather(2, wanted).double().sum().item()
-                    difference = nn.functional.kl_div(found, expected, reduction="none", log_target=True)
-                    sums[name][1] += difference.sum(dtype=torch.float64).item()
+                    if name != "trained":
+                        difference = nn.functional.kl_div(found, expected, reduction="none", log_target=True)
+                        sums[name][1] += difference.sum(-1).double().sum().item()
     finally:
         model.set_gate_strength(own)
     count, length = windows.shape
