@@ -69,7 +69,7 @@ def summary(values: list[float]) -> dict:
 
 
 def circumstances(*packages: str) -> dict:
-    """For every record: the device, its instructions, its GPU, versions of torch and Transformers, commit, day."""
+    """For every record: device, instructions, GPU, versions of torch, Transformers and `packages`, commit, day."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     return {

@@ -243,9 +243,9 @@ def test_layers_are_undone_until_the_budget_is_kept():
     assert len(found.undone) == 3 and "undone" in str(found)
 
 
-@pytest.mark.parametrize(("hidden", "settings"), [(False, EXACT), (True, EXACT), (False, ROUGH)])
+@pytest.mark.parametrize(("hidden", "settings", "times"), [(False, EXACT, 4), (True, EXACT, 4), (False, ROUGH, 2)])
 @torch.no_grad()
-def test_a_key_head_that_is_given_back_is_what_it_was(hidden, settings):
+def test_a_key_head_that_is_given_back_is_what_it_was(hidden, settings, times):
     model = with_sinks(hidden=hidden)
     before = copy.deepcopy(model)
     add_biases(before)
@@ -263,7 +263,7 @@ def test_a_key_head_that_is_given_back_is_what_it_was(hidden, settings):
     assert difference(model, before) < 1.1 * changed
     if not hidden:  # such a sink has next to no value
         attention.o_proj.bias.copy_(made["model.layers.0.self_attn.o_proj.bias"])  # as if it did not stand for values
-        assert difference(model, before) > 2 * changed
+        assert difference(model, before) > times * changed
     heads.give_back([(0, 0), (0, 1)])
     assert difference(model, before) == 0 and heads.said([(0, 0), (0, 1)]) == "layer 0"
     heads.give_back(())

@@ -23,7 +23,7 @@ FIRST_QUERIES = 16  # have few keys to look at, so that each gets much
 MASSIVE = 8.0  # times a layer's median length, from which on a token's state is massive
 GATE_BINS = 40
 TOKENS_AT_ONCE, CACHED = 1024, 128  # whose copies in fp32 are held; of those a processor's cache holds
-MEDIAN_OF = 2**16  # numbers at least are what a median is of, spread over a window: off by 1 % in one (SmolLM2)
+MEDIAN_OF = 2**18  # numbers at least are what a median is of, spread over a window
 FUNCTION_WORDS = frozenset(
     "a an and are as at be but by for from has have if in into is it its no not of on or so than that the their then "
     "there these they this to was were which will with would you".split()
