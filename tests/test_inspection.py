@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gated_llama import UserError, measure
+from gated_llama.inspection import collectors
 from gated_llama.inspection.collectors import FIRST_QUERIES, token_kind
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import VOCAB, gated_model, source_model, tiny_tokenizer, token_ids
@@ -177,6 +178,24 @@ def test_gates_with_a_known_value():
     assert result.gates.kinds["first token"].mean == pytest.approx(sum(wanted) / 3, rel=1e-5)
     assert result.gates.always_open == [(0, head) for head in range(6)]
     assert result.gates.always_shut == [(1, head) for head in range(6)]
+
+
+@pytest.mark.parametrize("gate_type", ["headwise", "elementwise"])
+def test_gates_that_are_summed_up_in_parts(monkeypatch, gate_type):
+    monkeypatch.setattr(collectors, "TOKENS_AT_ONCE", 7)
+    model = gated_model(GatedLlamaForCausalLM, gate_type=gate_type)
+    with torch.no_grad():
+        layers = [gate.reshape(360, 6, -1) for gate in model(WINDOWS, output_gates=True).gates]  # (B·T, N, G)
+    report = measured(model, batch_size=3).gates
+    for layer, gate in enumerate(layers):
+        statistics = report.layers[layer]
+        found = [statistics.mean, statistics.moved, statistics.nearly_shut, statistics.amplifying]
+        wanted = [gate, (gate - 1).abs(), gate < 0.1, gate > 1.5]
+        assert found == pytest.approx([values.double().mean().item() for values in wanted], rel=1e-5)
+        assert report.heads[layer] == pytest.approx(gate.mean((0, 2)).tolist(), rel=1e-5)
+        assert report.histogram[layer] == gate.histc(40, 0, 2).tolist()
+    first = torch.stack([gate.unflatten(0, WINDOWS.shape)[:, 0] for gate in layers])
+    assert report.kinds["first token"].mean == pytest.approx(first.mean().item(), rel=1e-5)
 
 
 def test_what_the_gates_are_worth():

@@ -253,9 +253,11 @@ class GateSums(Collector):
 
     def begin(self, ids: torch.Tensor) -> None:
         if self.modules:
-            kinds = _kinds(self.tokenizer, ids).flatten()
-            self.is_kind = torch.nn.functional.one_hot(kinds, len(KINDS)).double()  # (B·T, 6)
-            self.tokens += self.is_kind.sum(0)
+            kinds = _kinds(self.tokenizer, ids).flatten()  # (B·T)
+            self.tokens += kinds.bincount(minlength=len(KINDS))
+            self.kinds = kinds.to(self.model.device)
+        # Fetched from the device in one piece, as those of activations are.
+        self.parts: list[tuple[int, torch.Tensor]] = []  # of some tokens: the layer, and all that is summed up
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -268,17 +270,29 @@ class GateSums(Collector):
 
     def see(self, layer: int, gates: torch.Tensor) -> None:
         gates = gates.detach().flatten(0, 1)  # (B·T, N·G)
-        for gate, is_kind in zip(gates.split(TOKENS_AT_ONCE), self.is_kind.split(TOKENS_AT_ONCE), strict=True):
-            gate = gate.float().cpu()
-            count = torch.full((len(gate),), float(gate.shape[1]), dtype=torch.float64)
+        every_kind = self.kinds.to(gates.device)  # layers may lie on several
+        for gate, kinds in zip(gates.split(TOKENS_AT_ONCE), every_kind.split(TOKENS_AT_ONCE), strict=True):
+            gate = gate.float()
             values = (gate, (gate - 1).abs(), gate < 0.1, gate > 1.5)
-            sums = torch.stack([count, *(value.sum(1, dtype=torch.float64) for value in values)], dim=1)  # (tokens, 5)
-            self.sums[layer] += is_kind.T @ sums  # (6, 5)
+            sums = [value.sum(1, dtype=torch.float32) for value in values]
+            sums = torch.stack([torch.full_like(sums[0], gate.shape[1]), *sums], dim=1)  # (tokens, 5)
+            by_kind = sums.new_zeros(len(KINDS), 5).index_add_(0, kinds, sums)
             heads = gate.unflatten(1, (self.heads, -1))  # (tokens, N, G)
-            self.by_head[layer] += heads.double().mean(2).sum(0)
-            self.least[layer] = torch.minimum(self.least[layer], heads.amin((0, 2)))
-            self.most[layer] = torch.maximum(self.most[layer], heads.amax((0, 2)))
-            self.histogram[layer] += torch.histc(gate, GATE_BINS, 0, self.largest).long()
+            found = (by_kind, heads.mean(2).sum(0), heads.amin((0, 2)), heads.amax((0, 2)))
+            found += (torch.histc(gate, GATE_BINS, 0, self.largest),)
+            self.parts.append((layer, torch.cat([part.flatten() for part in found]).to(self.model.device)))
+
+    def end(self, ids: torch.Tensor) -> None:
+        if not self.parts:
+            return
+        sizes = (5 * len(KINDS), *(self.heads,) * 3, GATE_BINS)
+        found = torch.stack([part for _, part in self.parts]).cpu().split(sizes, dim=1)
+        for (layer, _), by_kind, by_head, least, most, histogram in zip(self.parts, *found, strict=True):
+            self.sums[layer] += by_kind.unflatten(0, (-1, 5))
+            self.by_head[layer] += by_head
+            self.least[layer] = torch.minimum(self.least[layer], least)
+            self.most[layer] = torch.maximum(self.most[layer], most)
+            self.histogram[layer] += histogram.long()
 
     def report(self, windows: int) -> GateReport | None:
         if not self.modules:
