@@ -74,7 +74,8 @@ def circumstances(*packages: str) -> dict:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     return {
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        # oneDNN uses AMX too where there is such, unless it is told not to.
+        "instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", torch.backends.cpu.get_cpu_capability()),
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "versions": {
             "python": platform.python_version(),
