@@ -36,12 +36,19 @@ FILLER = "The weather stayed the same that day, and nobody in the town had anyth
 
 @torch.no_grad()
 def short_window(model, rows: torch.Tensor) -> dict[str, float]:
-    """What attention to the last `WINDOW` of `LENGTH` tokens costs, with and without the first, in nats a token."""
+    """
+    What attention to the last `WINDOW` of `LENGTH` tokens costs, with and without the first, and what it costs to reset
+    all gates to open; in nats a token.
+    """
     full = losses(model, rows, 1)[:, WINDOW:]
     found = {"loss of 4,096 tokens": full.mean().item()}
     for name, and_first in (("cost of the last 256", False), ("… and the first", True)):
         seen = last_tokens(rows.shape[1], WINDOW, and_first=and_first)
         found[name] = (losses(model, rows, 1, seen)[:, WINDOW:] - full).mean().item()
+    own = model.config.gate_strength
+    model.set_gate_strength(0.0)
+    found["cost of open gates"] = (losses(model, rows, 1)[:, WINDOW:] - full).mean().item()
+    model.set_gate_strength(own)
     return found
 
 
@@ -114,13 +121,22 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
 
 
 def table(records: list[dict]) -> str:
-    """A column a model, all on one text."""
-    if len({record["text"] for record in records}) > 1:
-        raise ValueError(f"{RECORDS} has records of several texts: measure all models on one.")
+    """A column a model; a table for those that one tokenizer makes the text of, since nats are of its tokens."""
+    texts = dict.fromkeys(record["text"] for record in records)
+    return "\n".join(table_of([record for record in records if record["text"] == text]) for text in texts)
+
+
+def table_of(records: list[dict]) -> str:
     needle = [name for name in records[0] if name.startswith("needle")]
+
+    def cost(record: dict, name: str) -> str:
+        value = record["short window"].get(name)  # older records have no cost of open gates
+        return "" if value is None else f"{value:+.3f}"
+
     rows = [
-        ("last 256 of 4,096 tokens only, cost", lambda r: f"{r['short window']['cost of the last 256']:+.3f}"),
-        ("… with the first kept", lambda r: f"{r['short window']['… and the first']:+.3f}"),
+        ("last 256 of 4,096 tokens only, cost", lambda r: cost(r, "cost of the last 256")),
+        ("… with the first kept", lambda r: cost(r, "… and the first")),
+        ("gates reset to open, cost", lambda r: cost(r, "cost of open gates")),
         *(
             (
                 f"loss of tokens {4_000 * n:,} to {4_000 * n + 4_000:,}, cache of 256",

@@ -36,7 +36,7 @@ RECORDS = RESULTS / "sinks.jsonl"
 BEGINNING = "<|endoftext|>"
 BASE = "base"
 WINDOWS, LENGTH = 32, 256  # of each kind that are judged
-ROWS_BEFORE = 256  # of the records that do not say how long rows were
+BEFORE = {"rows": 256, "gate_type": "headwise"}  # of the records that do not say so
 
 
 ANY_PRICE = MoveSettings(max_loss=9.0, batch_size=1)  # which is what is asked
@@ -114,7 +114,9 @@ def run(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as work, no_bars_of_transformers():
         gated = Path(work) / "gated"
-        convert_checkpoint(real_model(args.model), gated, link=True, verify=False, progress=False)
+        gate_type = "elementwise" if args.elementwise else "headwise"
+        source = real_model(args.model)
+        convert_checkpoint(source, gated, gate_type=gate_type, link=True, verify=False, progress=False)
         base, tokenizer = load(gated, dtype=torch.float32)
         base = base.to(args.device)
         rows, held_out = (token_row(tokenizer, path, args.tokens) for path in (args.text, args.held_out))
@@ -145,12 +147,12 @@ def run(args: argparse.Namespace) -> None:
 
         calibration = mixed(4_096, 5, args.length, returns=False)
         fitted = mixed(16_384, 11)
-        common = {"model": Path(args.model).name, "text": digest(judged["cut"]), "seed": args.seed, "rows": args.rows}
+        common = {"model": Path(args.model).name, "text": digest(judged["cut"]), "rows": args.rows}
         for name in (BASE, *args.recipes):
-            if {**common, "recipe": name} in [
-                {"rows": ROWS_BEFORE} | {key: record[key] for key in (*common, "recipe") if key in record}
-                for record in read_records(args.records)
-            ]:
+            key = {**common, "recipe": name, "seed": args.seed, "gate_type": gate_type}
+            if name == BASE:  # whose gates are open, and which is not trained
+                key |= {"seed": 0, "gate_type": "headwise"}
+            if any(key.items() <= {**BEFORE, **record}.items() for record in read_records(args.records)):
                 continue
             since, said, tokens = time.monotonic(), [], 0
             if name == BASE:
@@ -161,19 +163,18 @@ def run(args: argparse.Namespace) -> None:
                 add_biases(model)
                 lengths = state_lengths(base, fitted)
                 for number, step in enumerate(RECIPES[name]):
-                    tokens += step.tokens
+                    windows = mixed(step.tokens, 11 if isinstance(step, Move) else 100 * (args.seed + 1) + number)
+                    tokens += windows.numel()
                     if isinstance(step, Move):
-                        windows = mixed(step.tokens, 11)
                         sinks = sink_tokens(state_lengths(base, windows))
                         said.append(str(move_sinks(model, windows, step.settings, sinks=sinks, progress=True)))
                     else:
-                        windows = mixed(step.tokens, 100 * (args.seed + 1) + number)
                         teacher = base if step.teacher else None
                         distil(model, teacher, windows, lengths, step.settings, progress=True)
             seconds = time.monotonic() - since
-            entry = {**common, "recipe": name, "tokens": tokens, "seconds": seconds, "said": said, **look(model)}
+            entry = {**key, "tokens": tokens, "seconds": seconds, "said": said, **look(model)}
             entry["machine"] = torch.cuda.get_device_name() if args.device == "cuda" else "2 CPU cores"
-            keep_record(args.records, entry | circumstances(), *common, "recipe")
+            keep_record(args.records, entry | circumstances(), *key)
             print(f"{common['model']}, {name}: {seconds:.0f} s, loss {entry['cut']['loss']:.4f}", flush=True)
 
 
@@ -186,6 +187,7 @@ COLUMNS = (
     ("W8A8 cost, dynamic per tensor", "W8A8, dynamic per tensor", ".3f", "ratio"),
     ("… static", "W8A8, static per tensor", ".3f", "ratio"),
     ("… per token", "W8A8, per token", ".3f", ""),
+    ("W4A4 cost, per token", "W4A4, per token", ".3f", ""),
     ("last 64 tokens only", "short_window", "+.3f", ""),
     ("… and the first", "short_window_and_first", "+.3f", ""),
     ("loss behind 2,048 tokens", "far", ".4f", "percent"),
@@ -212,7 +214,7 @@ def cell(now: dict, base: dict, key: str, form: str, how: str) -> str:
 
 def setting(record: dict) -> tuple:
     """What records must share to be compared."""
-    return record["model"], record["text"], record.get("rows", ROWS_BEFORE)
+    return record["model"], record["text"], {**BEFORE, **record}["rows"]
 
 
 def table(records: list[dict]) -> str:
@@ -225,7 +227,10 @@ def table(records: list[dict]) -> str:
     bases = {setting(record): record for record in records if record["recipe"] == BASE}
     for record in records:
         base = bases[setting(record)]
-        name = f"*{record['model']}* ({record['machine']})" if record is base else record["recipe"]
+        other = [f"seed {record['seed']}"] if record["seed"] else []
+        other += ["elementwise"] if {**BEFORE, **record}["gate_type"] == "elementwise" else []
+        name = ", ".join([record["recipe"], *other])
+        name = f"*{record['model']}* ({record['machine']})" if record is base else name
         cells = [cell(record, base, *column) for _, *column in COLUMNS]
         wikitext = record.get("wikitext")
         if wikitext is not None:
@@ -265,6 +270,7 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, help="WikiText-2, whose loss is then recorded too")
     parser.add_argument("--recipes", choices=RECIPES, nargs="*", default=list(RECIPES), help="(default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the text (default: 0)")
+    parser.add_argument("--elementwise", action="store_true", help="gates (default: headwise)")
     parser.add_argument("--tokens", type=int, default=6_000_000, help="of a file that are read (default: 6000000)")
     parser.add_argument("--windows", type=int, default=WINDOWS, help=f"that are judged (default: {WINDOWS})")
     parser.add_argument("--length", type=int, default=LENGTH, help=f"of a window (default: {LENGTH})")

@@ -47,7 +47,7 @@ class Windows:
         if len(self.train) < LEAST_WINDOWS * self.length or len(self.held_out) <= 2 * self.length:
             raise UserError(
                 f"{', '.join(text)} has {len(self.train) + len(self.held_out):,} tokens, too few to fit on and to "
-                f"measure on: give at least {2 * LEAST_WINDOWS * self.length:,} in several documents."
+                f"measure on: give {round(2 * self.length / HELD_OUT):,} and more, in many documents."
             )
         names = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>"))
         self.beginnings = list(dict.fromkeys(token for token in names if token is not None))
