@@ -16,6 +16,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -109,14 +110,33 @@ def token_row(tokenizer, path: Path, limit: int) -> torch.Tensor:
     return torch.tensor(row[:limit])
 
 
+def known(path: Path) -> list[dict]:
+    """The records that were kept, each with all that tells it from others."""
+    return [{**BEFORE, **record} for record in read_records(path)]
+
+
+def follow(recipe: list[Move | Distil], model, base, mixed: Callable[[int, int], torch.Tensor], seed: int) -> dict:
+    """Edit and train `model` as a recipe says, on rows that are `mixed` of a number of tokens and a seed."""
+    said, tokens = [], 0
+    lengths = state_lengths(base, mixed(16_384, 11))
+    for number, step in enumerate(recipe):
+        windows = mixed(step.tokens, 11 if isinstance(step, Move) else 100 * (seed + 1) + number)
+        tokens += windows.numel()
+        if isinstance(step, Move):
+            sinks = sink_tokens(state_lengths(base, windows))
+            said.append(str(move_sinks(model, windows, step.settings, sinks=sinks, progress=True)))
+        else:
+            distil(model, base if step.teacher else None, windows, lengths, step.settings, progress=True)
+    return {"tokens": tokens, "said": said}
+
+
 def run(args: argparse.Namespace) -> None:
     from gated_llama.conversion.verify import no_bars_of_transformers
 
     with tempfile.TemporaryDirectory() as work, no_bars_of_transformers():
         gated = Path(work) / "gated"
-        gate_type = "elementwise" if args.elementwise else "headwise"
         source = real_model(args.model)
-        convert_checkpoint(source, gated, gate_type=gate_type, link=True, verify=False, progress=False)
+        convert_checkpoint(source, gated, gate_type=args.gate_type, link=True, verify=False, progress=False)
         base, tokenizer = load(gated, dtype=torch.float32)
         base = base.to(args.device)
         rows, held_out = (token_row(tokenizer, path, args.tokens) for path in (args.text, args.held_out))
@@ -146,36 +166,23 @@ def run(args: argparse.Namespace) -> None:
             return found | ({} if wikitext is None else {"wikitext": losses(model, wikitext).mean().item()})
 
         calibration = mixed(4_096, 5, args.length, returns=False)
-        fitted = mixed(16_384, 11)
-        common = {"model": Path(args.model).name, "text": digest(judged["cut"]), "rows": args.rows}
         for name in (BASE, *args.recipes):
-            key = {**common, "recipe": name, "seed": args.seed, "gate_type": gate_type}
-            if name == BASE:  # whose gates are open, and which is not trained
-                key |= {"seed": 0, "gate_type": "headwise"}
-            if any(key.items() <= {**BEFORE, **record}.items() for record in read_records(args.records)):
+            key = {"model": Path(args.model).name, "text": digest(judged["cut"]), "rows": args.rows, "recipe": name}
+            # The base is not trained, and its gates are open.
+            key |= {"seed": 0 if name == BASE else args.seed}
+            key |= {"gate_type": BEFORE["gate_type"] if name == BASE else args.gate_type}
+            if any(key.items() <= record.items() for record in known(args.records)):
                 continue
-            since, said, tokens = time.monotonic(), [], 0
-            if name == BASE:
-                model = base
-            else:
+            since, model, found = time.monotonic(), base, {"tokens": 0, "said": []}
+            if name != BASE:
                 model, _ = load(gated, dtype=torch.float32)
                 model = model.to(args.device)
                 add_biases(model)
-                lengths = state_lengths(base, fitted)
-                for number, step in enumerate(RECIPES[name]):
-                    windows = mixed(step.tokens, 11 if isinstance(step, Move) else 100 * (args.seed + 1) + number)
-                    tokens += windows.numel()
-                    if isinstance(step, Move):
-                        sinks = sink_tokens(state_lengths(base, windows))
-                        said.append(str(move_sinks(model, windows, step.settings, sinks=sinks, progress=True)))
-                    else:
-                        teacher = base if step.teacher else None
-                        distil(model, teacher, windows, lengths, step.settings, progress=True)
-            seconds = time.monotonic() - since
-            entry = {**key, "tokens": tokens, "seconds": seconds, "said": said, **look(model)}
+                found = follow(RECIPES[name], model, base, mixed, args.seed)
+            entry = {**key, **found, "seconds": time.monotonic() - since, **look(model)}
             entry["machine"] = torch.cuda.get_device_name() if args.device == "cuda" else "2 CPU cores"
             keep_record(args.records, entry | circumstances(), *key)
-            print(f"{common['model']}, {name}: {seconds:.0f} s, loss {entry['cut']['loss']:.4f}", flush=True)
+            print(f"{args.model}, {name}: {entry['seconds']:.0f} s, loss {entry['cut']['loss']:.4f}", flush=True)
 
 
 # What is compared: its name, where it stands in a judgement, how it is shown, and whether recipes show it as a ratio.
@@ -214,7 +221,7 @@ def cell(now: dict, base: dict, key: str, form: str, how: str) -> str:
 
 def setting(record: dict) -> tuple:
     """What records must share to be compared."""
-    return record["model"], record["text"], {**BEFORE, **record}["rows"]
+    return record["model"], record["text"], record["rows"]
 
 
 def table(records: list[dict]) -> str:
@@ -227,10 +234,9 @@ def table(records: list[dict]) -> str:
     bases = {setting(record): record for record in records if record["recipe"] == BASE}
     for record in records:
         base = bases[setting(record)]
-        other = [f"seed {record['seed']}"] if record["seed"] else []
-        other += ["elementwise"] if {**BEFORE, **record}["gate_type"] == "elementwise" else []
-        name = ", ".join([record["recipe"], *other])
-        name = f"*{record['model']}* ({record['machine']})" if record is base else name
+        name = f"*{record['model']}* ({record['machine']})" if record is base else record["recipe"]
+        name += f", seed {record['seed']}" if record["seed"] else ""
+        name += f", {record['gate_type']}" if record["gate_type"] != BEFORE["gate_type"] else ""
         cells = [cell(record, base, *column) for _, *column in COLUMNS]
         wikitext = record.get("wikitext")
         if wikitext is not None:
@@ -270,7 +276,7 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, help="WikiText-2, whose loss is then recorded too")
     parser.add_argument("--recipes", choices=RECIPES, nargs="*", default=list(RECIPES), help="(default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the text (default: 0)")
-    parser.add_argument("--elementwise", action="store_true", help="gates (default: headwise)")
+    parser.add_argument("--gate-type", choices=("headwise", "elementwise"), default="headwise", help="of all recipes")
     parser.add_argument("--tokens", type=int, default=6_000_000, help="of a file that are read (default: 6000000)")
     parser.add_argument("--windows", type=int, default=WINDOWS, help=f"that are judged (default: {WINDOWS})")
     parser.add_argument("--length", type=int, default=LENGTH, help=f"of a window (default: {LENGTH})")
@@ -281,8 +287,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="run nothing: write the table from the records")
     args = parser.parse_args()
     if args.write:
-        write_table("sinks", table(read_records(RECORDS)))
-        draw(read_records(RECORDS), ROOT / "docs" / "recipes.png")
+        write_table("sinks", table(known(RECORDS)))
+        draw(known(RECORDS), ROOT / "docs" / "recipes.png")
     elif args.text is None or args.held_out is None:
         parser.error("give --text and --held-out, or --write")
     else:

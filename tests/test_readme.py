@@ -116,7 +116,7 @@ def test_what_the_textbook_tasks_are_to_show_holds_in_the_records():
 
 
 def test_the_table_of_sinks_is_that_of_the_records():
-    assert read_table("sinks") == sinks.table(read_records(sinks.RECORDS))
+    assert read_table("sinks") == sinks.table(sinks.known(sinks.RECORDS))
 
 
 def test_the_table_of_speed_is_that_of_the_last_record():

@@ -278,8 +278,8 @@ class GateSums(Collector):
             sums = torch.stack([torch.full_like(sums[0], gate.shape[1]), *sums], dim=1)  # (tokens, 5)
             by_kind = sums.new_zeros(len(KINDS), 5).index_add_(0, kinds, sums)
             heads = gate.unflatten(1, (self.heads, -1))  # (tokens, N, G)
-            found = (by_kind, heads.mean(2).sum(0), heads.amin((0, 2)), heads.amax((0, 2)))
-            found += (torch.histc(gate, GATE_BINS, 0, self.largest),)
+            histogram = torch.histc(gate, GATE_BINS, 0, self.largest)
+            found = (by_kind, heads.mean(2).sum(0), heads.amin((0, 2)), heads.amax((0, 2)), histogram)
             self.parts.append((layer, torch.cat([part.flatten() for part in found]).to(self.model.device)))
 
     def end(self, ids: torch.Tensor) -> None:
