@@ -7,7 +7,7 @@ import sys
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("measurements", nargs="+", help="measurements.json files")
-    parser.add_argument("--head", help="LAYER.HEAD whose attention map opens the page (default: the strongest sink)")
+    parser.add_argument("--head", help="LAYER.HEAD whose attention map opens the page (default: one with half a sink)")
     parser.add_argument("--out", required=True, help="a new folder, for index.html and its figures")
 
 

@@ -84,7 +84,7 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         weights=_weights(result),
         trained=UNTRAINED if result.source_layout == "plain" else "The gates are those of the source.",
         command=_command(result),
-        verified=str(result.verification) if result.verification else "nothing (conversion with `--no-verify`)",
+        verified=str(result.verification) if result.verification else "nothing (`--verify` compares it with its source)",
         library="transformers",
         auto_class=AUTO_CLASSES[architecture],
     )
@@ -139,8 +139,6 @@ def _command(result) -> str:
         words += ["--dtype", result.dtype]
     if result.max_shard_size:
         words += ["--max-shard-size", str(result.max_shard_size)]
-    if result.verification is None:
-        words += ["--no-verify"]
     return shlex.join(words)
 
 
