@@ -127,13 +127,18 @@ def load(
     names; `settings` are those of `from_pretrained`.
 
     Raises:
-        UserError: there is no causal language model with a tokenizer at `source`, or the adapter's base is another.
+        UserError: there is no whole causal language model with a tokenizer at `source`, or the adapter's base is
+            another.
     """
     if is_adapter(source):
         model, tokenizer = load(base_of(source), revision=revision or base_revision(source), **settings)
         return load_adapter(model, source), tokenizer
     with _refusals(source, "a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, **settings)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, output_loading_info=True, **settings
+        )
+    if missing := sorted(info["missing_keys"]):  # which Transformers would make up
+        raise UserError(f"{source} has no {missing[0]}, so it is no whole causal language model: take one that is.")
     return model, load_tokenizer(source, revision)
 
 
@@ -152,5 +157,5 @@ def load_tokenizer(source: str | os.PathLike, revision: str | None = None) -> Pr
 def _refusals(source: str | os.PathLike, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, AssertionError, SafetensorError) as error:
         raise UserError(f"{source} cannot be loaded as {what}: {first_line(error)}") from error

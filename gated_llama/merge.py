@@ -10,7 +10,14 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from gated_llama.checkpoints.card import merged_card
-from gated_llama.checkpoints.folder import CONFIG_NAME, find_source, new_folder, read_checkpoint, refuse_nesting
+from gated_llama.checkpoints.folder import (
+    CONFIG_NAME,
+    find_source,
+    new_folder,
+    read_checkpoint,
+    refuse_nesting,
+    save_model,
+)
 from gated_llama.conversion.families import read_gated_config
 from gated_llama.conversion.verify import no_bars_of_transformers
 from gated_llama.errors import UserError, first_line
@@ -59,7 +66,7 @@ def merge_adapter(
             merged = tuned.merge_and_unload(progressbar=progress)
         except (AttributeError, NotImplementedError, ValueError) as error:  # such as a soft prompt's
             raise UserError(f"{adapter} cannot be merged into its base: {first_line(error)}.") from error
-        merged.to(dtype).save_pretrained(folder)
+        save_model(merged.to(dtype), folder)
         checkpoint.copy_carried(folder)
         card = merged_card(merged.config, base, Path(adapter), Path(output))
         (folder / "README.md").write_text(card, encoding="utf-8")

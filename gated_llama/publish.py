@@ -51,6 +51,7 @@ SECRET = re.compile(rb"\bhf_\w{30,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b|-----BE
 # Run where the package cannot be imported, as by whoever loads the published model: names and shapes only, no weights.
 WITHOUT_THE_PACKAGE = """
 import sys
+sys.path = [path for path in sys.path if path]  # or the folder's own json.py would be run
 for name in ("gated_llama", *sys.argv[3:]):
     sys.modules[name] = None
 import json, torch, transformers

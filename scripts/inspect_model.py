@@ -39,21 +39,32 @@ def run(args: argparse.Namespace) -> None:
 
     from gated_llama.checkpoints.folder import new_folder
     from gated_llama.data import read_documents, token_windows
+    from gated_llama.errors import UserError
     from gated_llama.inspection.measure import measure
     from gated_llama.loading import load
 
     if args.out:
         from gated_llama.checkpoints.measurements import read_measurements, write_measurements
-        from gated_llama.inspection.page import draw
+        from gated_llama.inspection.page import chosen_head, draw
+    elif args.head or args.force:
+        raise UserError("--head and --force are of a page: give --out too.")
 
     device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     documents = read_documents(args.text)
-    measured = []
+    measured, texts = [], []
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(args.out, force=args.force)) if args.out else None
         for source in filter(None, (args.model, args.compare)):
             model, tokenizer = load(source, dtype=args.dtype or "auto", device_map=args.device or device)
             windows = token_windows(tokenizer, documents, args.length)[: max(1, args.max_tokens // args.length)]
+            if folder and args.head and not measured:
+                chosen_head(args.head, model.config.num_hidden_layers, model.config.num_attention_heads)
+            texts.append(windows)
+            if not torch.equal(texts[0], windows):
+                raise UserError(
+                    f"{source} cuts the text into other tokens than {args.model}, so nothing of them can be compared: "
+                    "inspect each by itself."
+                )
             result = measure(
                 model,
                 tokenizer,

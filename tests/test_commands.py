@@ -18,7 +18,7 @@ import modeling_gated  # noqa: F401  (registers the Auto classes)
 from fresh import run_command as command
 from fresh import run_fresh
 from gated_llama import convert_checkpoint, gated_lora_config
-from gated_llama.scripts.cli import COMMANDS
+from gated_llama.scripts.cli import COMMANDS, main
 from hub import local_hub
 from tiny import published, source_model
 
@@ -152,6 +152,38 @@ def test_finetune_and_inspect(gated, tmp_path):
     ):
         done = command(*arguments)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_inspect_refuses_in_a_sentence(gated, tmp_path, capsys):
+    text, sources = tmp_path / "text.txt", {"source": tmp_path / "source", "gated": gated}
+    for name, model in (
+        ("classifier", source_model("llama", "ForSequenceClassification")),
+        ("bare", source_model("llama", "Model")),
+        ("cut off", source_model("llama")),
+        ("of another tokenizer", source_model("llama")),
+    ):
+        sources[name] = published(tmp_path / name, model, tokenizer=True)
+    with open(sources["cut off"] / "model.safetensors", "r+b") as file:
+        file.truncate(5000)
+    tokenizer = json.loads((sources["of another tokenizer"] / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (sources["of another tokenizer"] / "tokenizer.json").write_text(json.dumps(tokenizer))
+    page = ["--out", str(tmp_path / "page")]
+    for name, options, message in (
+        ("classifier", [], "has no lm_head.weight, so it is no whole causal language model"),
+        ("bare", [], "has no lm_head.weight"),
+        ("cut off", [], "cannot be loaded as a causal language model"),
+        ("source", ["--dtype", "flot32"], "cannot be loaded as a causal language model"),
+        ("source", ["--device", "nowhere"], "cannot be loaded as a causal language model"),
+        ("source", ["--batch-size", "0"], "batch_size must be at least 1"),
+        ("source", ["--head", "0.0"], "give --out too"),
+        ("source", ["--head", "9.9", *page], "no head 9.9: name one from 0.0 to 2.5"),
+        ("source", ["--compare", str(sources["of another tokenizer"]), *page], "cuts the text into other tokens"),
+    ):
+        arguments = [str(sources[name]), "--text", str(text), "--length", "16", "--max-tokens", "64", "--quiet"]
+        assert main(["inspect", *arguments, *options]) == 2, (name, options)
+        assert message in capsys.readouterr().err, (name, options)
+    assert not (tmp_path / "page").exists()
 
 
 def test_merge(gated, tmp_path):

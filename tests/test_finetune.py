@@ -60,7 +60,8 @@ def tensors(folder):
 
 
 def finetune(source, data, output, *, resume=False, link=False, **settings):
-    settings = FinetuneSettings(**{**QUICK, **settings})
+    quick = {name: value for name, value in QUICK.items() if name != "lr" or settings.get("train") != "gates"}
+    settings = FinetuneSettings(**{**quick, **settings})
     return finetune_checkpoint(source, [data], output, settings, resume=resume, link=link, progress=False)
 
 
@@ -323,6 +324,22 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, data):
     assert not (tmp_path / "run2").exists()  # nothing came of it
 
 
+def test_a_run_that_went_wrong_leaves_nothing_behind(tmp_path):
+    model = gated_model(GatedLlamaForCausalLM)
+    norm = model.model.norm.weight
+    good = norm.detach().clone()
+    trainer = trainer_of(model, tmp_path)
+    for wrong in (math.nan, 1.0):
+        with torch.no_grad():
+            norm.copy_(good * wrong)
+        if wrong == 1:
+            trainer.train()  # as if nothing had been
+        else:
+            with pytest.raises(UserError, match="loss of step 1 is nan"):
+                trainer.train()
+        assert not any(gate._forward_hooks for gate in model.modules() if type(gate).__name__ == "AttentionGate")
+
+
 def test_a_diverged_loss_ends_the_run():
     guard = LossGuard()
     for step, loss in enumerate([4.0] * 10 + [3.0, 9.0, 2.0] * 10, 1):  # noisy, and going down
@@ -345,6 +362,8 @@ def test_a_diverged_loss_ends_the_run():
         ({"train": "full", "quantize": "4bit"}, "quantized weights cannot be trained"),
         ({"fsdp_size": 2}, "LoRA with gates cannot be trained on sharded weights"),
         ({"quantize": "2bit"}, "no quantization '2bit'"),
+        ({"train": "gates", "lr": 1e-4}, "lr has no say with train='gates'"),
+        ({"train": "full", "lora_mlp": True}, "lora_mlp has no say with train='full'"),
         ({"length": 10_000}, "fill no row of 10000"),
     ],
 )
@@ -358,12 +377,16 @@ def test_settings_that_cannot_be(tmp_path, data, settings, message):
 # --- watching
 
 
-def run_trainer(model, tmp_path, *, trainer=GatedTrainer, steps=4, **kwargs):
+def trainer_of(model, tmp_path, *, trainer=GatedTrainer, steps=4, **kwargs):
     rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(8, 12)]
     arguments = training_arguments(
         tmp_path, max_steps=steps, per_device_train_batch_size=2, logging_steps=2, save_strategy="no", disable_tqdm=True
     )
-    trainer = trainer(model, arguments, train_dataset=rows, **kwargs)
+    return trainer(model, arguments, train_dataset=rows, **kwargs)
+
+
+def run_trainer(*args, **kwargs):
+    trainer = trainer_of(*args, **kwargs)
     trainer.train()
     return trainer
 

@@ -22,6 +22,7 @@ def base(request, tmp_path):
     source = published(tmp_path / "source", source_model("qwen3"), tokenizer=True, dtype=request.param)
     (source / "README.md").write_text("---\nlicense: llama3.2\n---\n")
     (source / "LICENSE").write_text("theirs")
+    (source / "generation_config.json").write_text('{"temperature": 0.5, "top_p": 0.9}')  # which 5.16 refuses to save
     convert_checkpoint(source, tmp_path / "base", source_id="org/source", progress=False, verify=False)
     return tmp_path / "base"
 
@@ -45,6 +46,8 @@ def test_what_is_merged_computes_what_the_adapter_does(base, tmp_path):
     tuned = adapter_of(base, tmp_path / "adapter")
     result = merge_adapter(tmp_path / "adapter", tmp_path / "merged", progress=False)
     assert json.loads(result.to_json())["base"] == "base"
+    settings = [tmp_path / name / "generation_config.json" for name in ("source", "merged")]
+    assert settings[0].read_text() == settings[1].read_text()
     plain, merged = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "merged"))
     assert type(merged) is GatedLlamaForCausalLM and {p.dtype for p in merged.parameters()} == {plain.dtype}
     wanted = logits(tuned)

@@ -151,7 +151,8 @@ def converted(request, tmp_path):
 @pytest.mark.parametrize("train", ["gates", "lora", "full"])
 def test_fine_tuning(converted, tmp_path, train):
     (tmp_path / "text.txt").write_text("the grumpy cat sat on the mat, which was red. " * 200)
-    settings = FinetuneSettings(train=train, steps=4, length=32, batch_size=2, held_out=0.2, lr=1e-2)
+    rate = {} if train == "gates" else {"lr": 1e-2}
+    settings = FinetuneSettings(train=train, steps=4, length=32, batch_size=2, held_out=0.2, **rate)
     result = finetune_checkpoint(converted, [tmp_path / "text.txt"], tmp_path / "tuned", settings, progress=False)
     assert result.held_out_after < result.held_out_before
     if train == "gates":  # experts keep their names and bytes

@@ -122,6 +122,20 @@ def test_a_head_is_chosen(tmp_path, measurements, monkeypatch):
             draw(read_measurements([measurements]), tmp_path, head)
 
 
+def test_models_of_other_shapes_stand_side_by_side(tmp_path, measurements):
+    small = measure(
+        source_model("llama", num_hidden_layers=1, num_attention_heads=2),
+        tiny_tokenizer(),
+        token_ids(2, 70),
+        sentence="the cat sat on the mat",
+    )
+    (tmp_path / "small.json").write_text(f"[{small.to_json()}]")
+    for order in ([measurements, tmp_path / "small.json"], [tmp_path / "small.json", measurements]):
+        (tmp_path / order[0].name).with_suffix("").mkdir()
+        page = draw(read_measurements(order), (tmp_path / order[0].name).with_suffix("")).read_text()
+        assert "layer 0, head" in page
+
+
 def test_changes_say_better_or_worse_where_that_is_clear(measurements):
     one, other = read_measurements([measurements])
     other = json.loads(json.dumps(one)) | {"loss": one["loss"] * 1.01}

@@ -180,6 +180,8 @@ model = AutoPeftModelForCausalLM.from_pretrained("org/adapter", trust_remote_cod
 
 
 def test_what_does_not_load_elsewhere_is_refused(gated):
+    (gated / "json.py").write_text("raise RuntimeError('run unasked')\n")
+    check_loads(gated)  # runs the two code files and no other
     code = gated / "modeling_gated.py"
     text = code.read_text()
     code.write_text(text + "# changed\n")

@@ -3,6 +3,7 @@
 
 import copy
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gated_llama import DesinkSettings, desink_checkpoint, gated_lora_config
+from gated_llama.checkpoints.folder import new_folder
 from gated_llama.data import PASSAGE, with_returns
 from gated_llama.errors import UserError, VerificationError
 from gated_llama.inspection.attention import capture_attention
@@ -428,8 +430,22 @@ def test_quantization_is_simulated_as_said():
     assert cost["per token", 8] < cost["dynamic per tensor", 8]
     with quantized(model, "static per tensor", lambda: losses(model, ids)), quantized(model, "dynamic per tensor"):
         pass
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    for calibrate in (stopped, lambda: losses(model, ids)):
+        with pytest.raises(KeyboardInterrupt), quantized(model, "static per tensor", calibrate):
+            model.model.layers[1].mlp.down_proj.forward = stopped
+            losses(model, ids)
+    del model.model.layers[1].mlp.down_proj.forward
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in layers_and_linears(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert cost["static per tensor", 8] == pytest.approx(cost["dynamic per tensor", 8], rel=0.5)
+
+
+def layers_and_linears(model) -> list[torch.nn.Module]:
+    return [m for layer in model.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
 
 
 def losses_of(weights: dict, ids: torch.Tensor) -> torch.Tensor:
@@ -561,6 +577,32 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(plain, capsys, monkeypat
     made = load_file(stopped / "model.safetensors")
     assert made.keys() == weights.keys() and all(torch.equal(made[name], weights[name]) for name in weights)
     assert not (plain / "stopped.unfinished").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_what_is_out_of_memory_or_cannot_be_put_in_place_goes_on(plain, capsys, monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    @contextmanager
+    def not_put_in_place(*args, **kwargs):
+        with new_folder(*args, **kwargs) as folder:
+            yield folder
+            raise KeyboardInterrupt
+
+    options = ["--text", str(plain / "text.jsonl"), *SMALL, "--max-loss", "900%"]
+    desink = ["desink", str(plain / "plain"), str(plain / "large"), *options]
+    unfinished = plain / "large.unfinished"
+    for place, failing, said, is_kept in (
+        ("Windows.judge", fails, "out of memory: give a smaller --length", False),
+        ("move_sinks", fails, "out of memory: --resume goes on", True),
+        ("new_folder", not_put_in_place, "interrupted: --resume goes on", True),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"gated_llama.sinks.recipe.{place}", failing)
+            assert main([*desink, *(["--resume"] if unfinished.exists() else [])]) == 2
+        assert said in capsys.readouterr().err and unfinished.exists() == is_kept and not (plain / "large").exists()
+    assert main([*desink, "--resume"]) == 0 and not unfinished.exists()
 
 
 @pytest.mark.parametrize(("calm_tokens", "penalty"), [(0, 0.0), (512, DistilSettings.penalty)])
@@ -730,8 +772,17 @@ def test_passages_come_back_in_another_order():
     assert len({tuple(row.tolist()) for row in again}) > 1
 
 
+def test_texts_begin_with_tokens_that_the_tokenizer_has_and_end_where_the_model_does(plain):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"unk_token": "<pad>"})
+    settings = DesinkSettings(length=128)
+    for longest in (300, 10_000):  # of 512, which four rows have
+        windows = recipe.Windows(tokenizer, [str(plain / "text.jsonl")], settings, longest, False)
+        assert windows.beginnings == [1, 2] and windows.far.shape[1] == min(longest, len(windows.held_out) - 1)
+
+
 def test_half_of_what_is_fitted_on_has_passages_that_come_back(plain):
-    windows = recipe.Windows(tiny_tokenizer(), [str(plain / "text.jsonl")], DesinkSettings(length=128), False)
+    windows = recipe.Windows(tiny_tokenizer(), [str(plain / "text.jsonl")], DesinkSettings(length=128), 256, False)
     rows = windows.cut(8 * 128, "some")
     assert all(row[0] in windows.beginnings for row in rows[::2])
     assert [torch.equal(row[64:], row[:64]) for row in rows[1::2]] == [False, True, False, True]  # one passage
@@ -740,10 +791,8 @@ def test_half_of_what_is_fitted_on_has_passages_that_come_back(plain):
 def test_a_bar_changes_nothing_that_is_measured(plain, monkeypatch, capsys):
     model = gated_model(GatedLlamaForCausalLM)
     monkeypatch.setattr("gated_llama.sinks.windows.tqdm", partial(tqdm, mininterval=0))  # drawn at each forward
-    found = [
-        recipe.Windows(tiny_tokenizer(), [str(plain / "text.jsonl")], DesinkSettings(length=128), progress).judge(model)
-        for progress in (False, True)
-    ]
+    given = (tiny_tokenizer(), [str(plain / "text.jsonl")], DesinkSettings(length=128), 256)
+    found = [recipe.Windows(*given, progress).judge(model) for progress in (False, True)]
     assert found[0] == found[1] and "measuring" in capsys.readouterr().err
 
 
@@ -751,11 +800,19 @@ def test_the_command_refuses_in_a_sentence(plain, capsys):
     (plain / "short.txt").write_text("the cat. " * 20)
     for arguments, said in (
         ([str(plain / "short.txt"), "--length", "128"], "too few to fit on"),
-        ([str(plain / "text.jsonl")], "is made for texts of 256 tokens: give a --length"),
+        ([str(plain / "text.jsonl")], "texts twice as long as a row: give a --length of at most 128"),
+        ([str(plain / "text.jsonl"), "--length", "128", "--sliding-window", "65"], "--sliding-window of at most 64"),
+        ([str(plain / "text.jsonl"), "--length", "128", "--device", "nowhere"], "put on the device 'nowhere'"),
         ([str(plain / "text.jsonl"), "--length", "100"], "length must be at least 128"),
         ([str(plain / "text.jsonl"), "--move-tokens", "100"], "at least two rows"),
     ):
         if said:
             assert main(["desink", str(plain / "plain"), str(plain / "no"), "--quiet", "--text", *arguments]) == 2
             assert said in capsys.readouterr().err
-    assert not (plain / "no").exists()
+    assert not (plain / "no").exists() and not (plain / "no.unfinished").exists()
+
+
+def test_each_process_has_rows():
+    recipe._refuse_too_few_rows(DesinkSettings(heal_tokens=0), 8)
+    with pytest.raises(UserError, match="heal_tokens 8,192 leaves a process without a row: give 16,384 or more"):
+        recipe._refuse_too_few_rows(DesinkSettings(heal_tokens=8_192), 8)

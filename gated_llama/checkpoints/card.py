@@ -84,7 +84,7 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         weights=_weights(result),
         trained=UNTRAINED if result.source_layout == "plain" else "The gates are those of the source.",
         command=_command(result),
-        verified=str(result.verification) if result.verification else "nothing (`--verify` compares it with its source)",
+        verified=str(result.verification) if result.verification else "nothing (`--verify` does it)",
         library="transformers",
         auto_class=AUTO_CLASSES[architecture],
     )

@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from safetensors import SafetensorError, safe_open
 
 from gated_llama.errors import UserError, first_line
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 try:  # the Hub client's own HTTP library
     from httpx2 import HTTPError
@@ -26,6 +30,7 @@ except ImportError:  # client 1.x
 
 CONFIG_NAME = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 SENTENCE_MODULES = "modules.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -48,7 +53,7 @@ CARRIED = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    "generation_config.json",
+    GENERATION_CONFIG,
     "custom_generate/*.py",
     "custom_generate/requirements.txt",
     SENTENCE_MODULES,
@@ -126,6 +131,24 @@ class Checkpoint:
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 copy_file(self.folder / name, target)
+
+
+def save_model(model: "PreTrainedModel", folder: Path, **settings) -> None:
+    """
+    `model.save_pretrained(folder)`, but for its generation settings, which are carried over as a file: the oldest
+    Transformers loads some that it refuses to save.
+    """
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    try:
+        if own is not None:
+            model.generation_config = GenerationConfig()
+        model.save_pretrained(folder, **settings)
+    finally:
+        if own is not None:
+            model.generation_config = own
+    (Path(folder) / GENERATION_CONFIG).unlink(missing_ok=True)
 
 
 def carried_files(folder: Path) -> list[str]:

@@ -33,4 +33,4 @@ def token_losses(model: PreTrainedModel, states: torch.Tensor, ids: torch.Tensor
         parts = zip(logits.flatten(0, 1).split(at_once), wanted[:, start:stop].flatten().split(at_once), strict=True)
         losses = [nn.functional.cross_entropy(part.float(), token, reduction="none") for part, token in parts]
         found.append(torch.cat(losses).unflatten(0, (len(ids), -1)))
-    return torch.cat(found, dim=1).double().cpu()
+    return torch.cat(found, dim=1).cpu().double()  # there is no fp64 on Apple's GPUs

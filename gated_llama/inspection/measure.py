@@ -70,6 +70,8 @@ def _measure(
     progress: bool,
 ) -> Measurements:
     length = windows.shape[1]
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}.")
     if length < 2:
         raise UserError(f"windows of {length} tokens are too short to measure: take at least 2.")
     if windows.max() >= model.get_input_embeddings().num_embeddings:
@@ -174,10 +176,10 @@ def _without_gates(
                 expected = parts[0][2].float().log_softmax(-1)
                 for name, (_, _, logits) in zip(states, parts, strict=True):
                     found = expected if name == "trained" else logits.float().log_softmax(-1)
-                    sums[name][0] -= found[:, : wanted.shape[1]].gather(2, wanted).double().sum().item()
+                    sums[name][0] -= found[:, : wanted.shape[1]].gather(2, wanted).cpu().double().sum().item()
                     if name != "trained":
                         difference = nn.functional.kl_div(found, expected, reduction="none", log_target=True)
-                        sums[name][1] += difference.sum(-1).double().sum().item()
+                        sums[name][1] += difference.sum(-1).cpu().double().sum().item()
     finally:
         model.set_gate_strength(own)
     count, length = windows.shape

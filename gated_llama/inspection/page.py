@@ -39,7 +39,8 @@ def draw(measured: list[dict], folder: str | Path, head: str | None = None) -> P
         UserError: there is no such head.
     """
     folder = Path(folder)
-    chosen = _chosen_head(measured, head)
+    layers = measured[0]["attention"]["heads"]
+    chosen = chosen_head(head, len(layers), len(layers[0])) if head else _with_half_a_sink(layers)
     for number, model in enumerate(measured):
         model["name"] = Path(model["model"]).name or f"model {number + 1}"
     figures = []
@@ -113,6 +114,7 @@ def _sentence(measured: list[dict], layer: int, head: int) -> Panels:
     for model in measured:
         shown = model["sentence"]
         tokens, query = shown["tokens"], shown["query"]
+        layer, head = min(layer, len(shown["maps"]) - 1), min(head, len(shown["maps"][0]) - 1)  # of a smaller model
         attention = np.array(shown["attention"][layer])  # (heads, tokens)
         name, size = model["name"], (4.6, 4.2)
         panels.append(
@@ -139,15 +141,22 @@ def _sentence(measured: list[dict], layer: int, head: int) -> Panels:
     return panels
 
 
-def _chosen_head(measured: list[dict], head: str | None) -> tuple[int, int]:
-    shares = np.array(measured[0]["attention"]["heads"])
-    if head is None:
-        return tuple(map(int, np.unravel_index(np.abs(shares - 0.5).argmin(), shares.shape)))
+def chosen_head(head: str, layers: int, heads: int) -> tuple[int, int]:
+    """
+    Layer and number of a head that is named so, as `"3.1"`.
+
+    Raises:
+        UserError: there is none.
+    """
     match = re.fullmatch(r"(\d+)\.(\d+)", head)
-    if match is None or not (int(match[1]) < shares.shape[0] and int(match[2]) < shares.shape[1]):
-        last = ".".join(str(size - 1) for size in shares.shape)
-        raise UserError(f"there is no head {head}: name one from 0.0 to {last}, layer and head.")
+    if match is None or not (int(match[1]) < layers and int(match[2]) < heads):
+        raise UserError(f"there is no head {head}: name one from 0.0 to {layers - 1}.{heads - 1}, layer and head.")
     return int(match[1]), int(match[2])
+
+
+def _with_half_a_sink(layers: list[list[float]]) -> tuple[int, int]:
+    shares = np.array(layers)
+    return tuple(map(int, np.unravel_index(np.abs(shares - 0.5).argmin(), shares.shape)))
 
 
 def _sinks(measured: list[dict], layer: int, head: int) -> Panels:

@@ -46,12 +46,16 @@ def quantized(
             peak = inputs[0].detach().abs().amax()
             largest[linear] = torch.maximum(largest.get(linear, peak), peak)
 
-        hooks = [linear.register_forward_pre_hook(see) for linear in linears]
-        calibrate()
-        for hook in hooks:
-            hook.remove()
+        with ExitStack() as stack:
+            for linear in linears:
+                stack.callback(linear.register_forward_pre_hook(see).remove)
+            calibrate()
+    own: dict[nn.Module, torch.Tensor] = {}  # that stands aside: one at a time, so that there is no second model
 
     def quantize(linear: nn.Module, inputs: tuple) -> tuple:
+        own[linear] = weight = linear.weight.data
+        peak = weight.abs().amax(1, keepdim=True) if how == "per token" else weight.abs().amax()
+        linear.weight.data = rounded(weight, peak, levels)
         x = inputs[0]
         peak = {
             "dynamic per tensor": lambda: x.abs().amax(),
@@ -60,11 +64,13 @@ def quantized(
         }[how]()
         return (rounded(x, peak, levels),)
 
+    # Not a lambda: what a hook returns becomes the output.
+    def put_back(linear: nn.Module, inputs: tuple | None = None, output: torch.Tensor | None = None) -> None:
+        linear.weight.data = own.pop(linear, linear.weight.data)
+
     with ExitStack() as stack:
         for linear in linears:
-            weight = linear.weight.data
-            stack.callback(setattr, linear.weight, "data", weight)
-            peak = weight.abs().amax(1, keepdim=True) if how == "per token" else weight.abs().amax()
-            linear.weight.data = rounded(weight, peak, levels)
+            stack.callback(put_back, linear)
             stack.callback(linear.register_forward_pre_hook(quantize).remove)
+            stack.callback(linear.register_forward_hook(put_back).remove)
         yield

@@ -130,6 +130,8 @@ def move_sinks(
     _check(model, windows)
     model.eval()
     device = torch.device(device or model.device)
+    if device.type == "mps":
+        raise UserError("regressions take fp64, which Apple's GPUs do not have: give device='cpu'.")
     if sinks is None:
         sinks = sink_tokens(state_lengths(model, windows, batch_size=settings.batch_size, progress=progress))
     sinks = sinks.to(device)

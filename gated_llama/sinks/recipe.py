@@ -26,12 +26,13 @@ from gated_llama.checkpoints.folder import (
     new_folder,
     read_checkpoint,
     refuse_nesting,
+    save_model,
 )
 from gated_llama.checkpoints.measurements import INSPECTION, read_measurements, write_measurements
 from gated_llama.conversion.convert import convert_checkpoint
 from gated_llama.conversion.families import GATED_TYPES, read_gated_config, recognise
 from gated_llama.conversion.verify import no_bars_of_transformers
-from gated_llama.errors import UserError, VerificationError
+from gated_llama.errors import UserError, VerificationError, first_line
 from gated_llama.gates import gate_modules
 from gated_llama.inspection import SENTENCE
 from gated_llama.inspection.measure import measure
@@ -93,19 +94,21 @@ def desink_checkpoint(
     _refuse_unsuited(found, settings)
     text = [str(source) for source in text]
     asked = {"model": found.found_again_by, "revision": found.revision, "text": text, **asdict(settings)}
-    main = processes.is_main_process
+    asked["processes"] = processes.num_processes
+    _refuse_too_few_rows(settings, processes.num_processes)
+    main, folder = processes.is_main_process, None
     with ExitStack() as stack:
-        folder = stack.enter_context(new_folder(output, force=force)) if main else None
         run = Unfinished(Path(output))
         if main:
             stack.enter_context(run.opened(asked, resume=resume, force=force))
+            folder = stack.enter_context(new_folder(output, force=force))  # is there before the run is forgotten
             with no_bars_of_transformers():
                 convert_checkpoint(found.folder, run.gated, link=True, verify=False, progress=False, force=True)
         processes.wait_for_everyone()
-        base, edited, tokenizer = _load_twice(run.gated, device or str(processes.device))
+        base, edited, tokenizer = _load_twice(run.gated, device or _usual_device(processes))
         checkpoint = read_checkpoint(run.gated)
         dtype = read_gated_config(checkpoint.config, str(run.gated)).dtype or torch.float32
-        windows = Windows(tokenizer, text, settings, progress and main)
+        windows = Windows(tokenizer, text, settings, base.config.max_position_embeddings, progress and main)
         add_biases(edited)
         set_seed(settings.seed)
 
@@ -133,7 +136,7 @@ def desink_checkpoint(
 
 def _write(model: PreTrainedModel, origin: Checkpoint, card: str, folder: Path) -> None:
     """The model, what else `origin` has, the code and the card."""
-    model.save_pretrained(folder)
+    save_model(model, folder)
     origin.copy_carried(folder)
     GATED_TYPES[model.config.model_type].copy_code(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -143,8 +146,24 @@ def _refuse_unsuited(found: Source, settings: DesinkSettings) -> None:
     origin = recognise(read_checkpoint(found.folder).config, found.name)
     if origin.gated_class.config_class is not GatedLlamaConfig:
         raise UserError(f"{found.name} is a mixture of experts, whose sinks are not moved: no such model was tried.")
-    if settings.length > (most := origin.config.max_position_embeddings):
-        raise UserError(f"{found.name} is made for texts of {most:,} tokens: give a --length of at most so many.")
+    most = origin.config.max_position_embeddings
+    if 2 * settings.length > most:
+        raise UserError(
+            f"{found.name} is made for texts of {most:,} tokens, and passages come back in texts twice as long as a "
+            f"row: give a --length of at most {most // 2:,}."
+        )
+    if 4 * (settings.sliding_window or 0) > most:
+        raise UserError(
+            f"{found.name} is made for texts of {most:,} tokens, and sliding is measured on texts four times as long "
+            f"as the window: give a --sliding-window of at most {most // 4:,}."
+        )
+
+
+def _refuse_too_few_rows(settings: DesinkSettings, processes: int) -> None:
+    for name in ("calm_tokens", "heal_tokens"):
+        tokens, least = getattr(settings, name), processes * settings.length
+        if 0 < tokens < least and processes > 1:
+            raise UserError(f"{name} {tokens:,} leaves a process without a row: give {least:,} or more, or 0.")
 
 
 def _refuse_if_nothing_held(result: DesinkResult, settings: DesinkSettings) -> None:
@@ -163,12 +182,22 @@ def _refuse_if_too_dear(result: DesinkResult, settings: DesinkSettings) -> None:
         )
 
 
+def _usual_device(processes: PartialState) -> str:
+    """That of this process; regressions take fp64, which Apple's GPUs do not have."""
+    return "cpu" if processes.device.type == "mps" else str(processes.device)
+
+
 def _load_twice(gated: Path, device: str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
     """The base, in the class of a gated model, and the one to edit."""
     with no_bars_of_transformers():
         base, tokenizer = load(gated, dtype=torch.float32)
         edited, _ = load(gated, dtype=torch.float32)
-    return base.to(device).eval(), edited.to(device).eval(), tokenizer
+    try:
+        return base.to(device).eval(), edited.to(device).eval(), tokenizer
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # of a name that is none, or of a device that is not there
+        raise UserError(f"the model cannot be put on the device {device!r}: {first_line(error)}") from error
 
 
 def let_slide(config: GatedLlamaConfig, window: int) -> None:
@@ -233,6 +262,7 @@ class _Steps:
             self.run.restore(self.edited)
             steps[-1] = replace(steps[-1], undone=True, judgement=last)
             self.announce(f"{name} was undone: {dear}")
+        PartialState().wait_for_everyone()  # what is kept takes the place of what another process may still restore
         self.run.keep(self.edited, self.result)
 
     def learn(self, name: str, train: str, tokens: int, penalty: float) -> None:

@@ -2,6 +2,7 @@
 """What is kept of a run of `desink` until its output is written, to be gone on with; and how its processes agree."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class Unfinished:
     """
 
     def __init__(self, output: Path):
+        output = Path(os.path.abspath(output))
         self.folder = output.with_name(f"{output.name}.unfinished")
         self.record = self.folder / "desink.json"
         self.gated = self.folder / "gated"  # the base, converted
@@ -76,11 +78,15 @@ class Unfinished:
         try:
             yield
         except BaseException as error:
-            if isinstance(error, VerificationError) or not (self.steps or self.training.exists()):
+            stopped = isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError))
+            is_kept = self.steps or self.training.exists() or (stopped and "done" in read_json(self.record))
+            if isinstance(error, VerificationError) or not is_kept:
                 shutil.rmtree(self.folder, ignore_errors=True)
-            elif isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError)):
-                what = "interrupted" if isinstance(error, KeyboardInterrupt) else "out of memory"
+            what = "interrupted" if isinstance(error, KeyboardInterrupt) else "out of memory"
+            if stopped and is_kept:
                 raise UserError(f"{what}: --resume goes on from what {self.folder} has kept.") from None
+            if isinstance(error, torch.OutOfMemoryError):
+                raise UserError(f"{what}: give a smaller --length, or a --device with more.") from None
             raise
         shutil.rmtree(self.folder, ignore_errors=True)
 

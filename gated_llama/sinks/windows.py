@@ -32,7 +32,15 @@ class Windows:
     it does not, it attends to a sink.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: list[str], settings: DesinkSettings, progress: bool):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: list[str],
+        settings: DesinkSettings,
+        longest: int,
+        progress: bool,
+    ):
+        """`longest`: tokens that the model is made for; none of the longer texts has more."""
         documents = shuffled(read_documents(text), settings.seed)
         tokens = tokenize(tokenizer, documents, progress=progress)
         if len(tokens) == 1:  # one long text: its end is held out
@@ -49,15 +57,16 @@ class Windows:
                 f"{', '.join(text)} has {len(self.train) + len(self.held_out):,} tokens, too few to fit on and to "
                 f"measure on: give {round(2 * self.length / HELD_OUT):,} and more, in many documents."
             )
-        names = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-        self.beginnings = list(dict.fromkeys(token for token in names if token is not None))
+        begins = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>"))
+        self.beginnings = list(dict.fromkeys(token for token in begins if token is not None))
         self.long = 4 * (settings.sliding_window or 0)  # tokens of the texts on which sliding is measured
         if len(self.held_out) <= self.long:
             raise UserError(
                 f"the held-out text has {len(self.held_out):,} tokens, too few to measure what sliding costs: give "
                 f"{round(self.long / HELD_OUT):,} and more, or a smaller sliding_window."
             )
-        self.far = cut_windows(self.held_out, FAR_WINDOWS, self._far(tokenizer), f"{self.seed} far")
+        far = min(4 * self.length, longest, len(self.held_out) - 1)
+        self.far = cut_windows(self.held_out, FAR_WINDOWS, far, f"{self.seed} far")
         twice = cut_windows(self.held_out, FAR_WINDOWS, 2 * self.length, f"{self.seed} recalled")
         self.recalled = with_returns(twice, f"{self.seed} recalled")
         self.judged = self._cut(self.held_out, settings.judged_windows, "judge")
@@ -110,10 +119,6 @@ class Windows:
                 yield
             finally:
                 hook.remove()
-
-    def _far(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Tokens of the longer texts: four rows, if model and held-out text have so many."""
-        return min(4 * self.length, max(2 * self.length, tokenizer.model_max_length), len(self.held_out) - 1)
 
     def judge_sliding(self, base: PreTrainedModel, edited: PreTrainedModel, window: int) -> Sliding:
         """Losses with and without a window, on texts four times as long as the window."""

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import (
     DataCollatorForSeq2Seq,
+    GenerationConfig,
     PreTrainedTokenizerBase,
     TrainerState,
     set_seed,
@@ -147,6 +148,9 @@ class FinetuneSettings:
                 raise UserError(f"{name} must be more than 0, not {value}.")
             if name in ("gate_lr", "weight_decay") and not value >= 0:
                 raise UserError(f"{name} must not be negative, and is {value}.")
+        usual = type(self)()
+        if unused := [name for name in WAYS[self.train].ignores if getattr(self, name) != getattr(usual, name)]:
+            raise UserError(f"{unused[0]} has no say with train={self.train!r}: leave it out.")
         if self.length < 2:
             raise UserError("length must be at least 2: one token predicts nothing.")
         if not 0 <= self.held_out < 1:
@@ -358,6 +362,8 @@ def _load_network(found: Source, config: GatedLlamaConfig, settings: FinetuneSet
     if settings.gradient_checkpointing:
         newer_name = getattr(network, "activation_checkpointing_enable", None)
         (newer_name or network.gradient_checkpointing_enable)()
+    if hasattr(network, "generation_config"):  # which has no part in training, and is the source's again in the end
+        network.generation_config = GenerationConfig()
     network = way.prepare(network, found, settings)
     for _, gate in gate_parameters(network):
         if gate.requires_grad and gate.dtype != torch.float32:

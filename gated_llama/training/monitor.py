@@ -49,6 +49,7 @@ class GateMonitor(TrainerCallback):
         self._norms: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.unhook()
         self.__init__()
         self._gates = gate_modules(model)
         self._trained = any(p.requires_grad for name, p in model.named_parameters() if is_gate(name))
@@ -68,16 +69,18 @@ class GateMonitor(TrainerCallback):
 
     @torch.no_grad()
     def _see(self, layer: int, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if getattr(module, "_is_replica", False):  # of DataParallel, on another device
+            return
         states = inputs[0].detach()  # (B, T, E)
         gate = gate_values(module, states).float()  # (B, T, N·G)
         moved = (gate - 1).abs()
         seen = torch.stack([torch.ones_like(gate), gate, gate < 0.1, gate > 1.5, moved]).sum(tuple(range(1, 4)))
-        self._sums[layer] = self._sums.get(layer, 0) + seen.double()
+        self._sums[layer] = self._sums.get(layer, 0) + seen.cpu().double()
         if layer not in self._probes:
             probe = states.flatten(0, 1)[:PROBES].clone()
             self._probes[layer] = (probe, gate_values(module, probe).float())
         probe, start = self._probes[layer]
-        self._drifts[layer] = (gate_values(module, probe).float() - start).abs().mean()
+        self._drifts[layer] = (gate_values(module, probe).float() - start).abs().mean().cpu()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self._hooks:
@@ -87,13 +90,17 @@ class GateMonitor(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._seconds += time.monotonic() - self._begun
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self.unhook()
         self.steps = (self.steps[0], state.global_step)
         control.should_log |= state.global_step == state.max_steps  # the end of a run is always told
         if self._drifts:
             self.drift = torch.stack(list(self._drifts.values())).mean().item()
+
+    def unhook(self) -> None:
+        """Look no more, until the next step that is logged."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
@@ -137,7 +144,7 @@ def _norm(grads: list[torch.Tensor]) -> float:
     norms = [torch.linalg.vector_norm(grad) for grad in grads]
     # One by one: sharded and whole gradients are not reduced together.
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    return torch.stack(norms).norm().item() if norms else 0.0
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm().item() if norms else 0.0
 
 
 def _peak_memory() -> int:

@@ -46,8 +46,11 @@ class GateTraining:
         self._step_loss = 0.0
 
     def train(self, *args, **kwargs):
-        self._guard = LossGuard(in_nats=self._loss_is_in_nats())
-        return super().train(*args, **kwargs)
+        self._guard, self._step_loss = LossGuard(in_nats=self._loss_is_in_nats()), 0.0
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.gate_monitor.unhook()
 
     def _loss_is_in_nats(self) -> bool:
         """A language model's own loss; that of a regression or of a function of the caller's may be anything."""
@@ -199,4 +202,7 @@ def training_arguments(output: str | os.PathLike, **settings) -> TrainingArgumen
         "use_cpu": not has_accelerator(),
         "dataloader_pin_memory": has_accelerator(),
     }
-    return TrainingArguments(str(output), **{**defaults, **settings})
+    arguments = TrainingArguments(str(output), **{**defaults, **settings})
+    if arguments.n_gpu > 1:  # of one process: several take `torchrun`, not replicas in threads
+        arguments._n_gpu = 1
+    return arguments

@@ -44,6 +44,7 @@ class Way:
         write: the weights.
         is_adapter: of PEFT, on the checkpoint that was trained.
         in_fp32: everything learns, so everything is loaded in fp32.
+        ignores: settings that have no say.
         quantizes, shards, links: whether frozen weights may be quantized, weights sharded, and files linked to.
     """
 
@@ -51,6 +52,7 @@ class Way:
     lr: float
     prepare: Callable[["PreTrainedModel", "Source", Any], "torch.nn.Module"]
     write: Callable[["torch.nn.Module", Written], None]
+    ignores: tuple[str, ...] = ()
     is_adapter: bool = False
     in_fp32: bool = False
     quantizes: bool = False
@@ -107,13 +109,16 @@ def _everything(network: "PreTrainedModel", found: "Source", settings: Any) -> "
 
 
 def _write_everything(network: "torch.nn.Module", to: Written) -> None:
+    from gated_llama.checkpoints.folder import save_model
     from gated_llama.training.trainer import is_sharded
 
     if not is_sharded(network):  # back from fp32: what is loaded again is then what is in memory now
         for parameter in network.parameters():
             parameter.data = parameter.data.to(to.dtype)
-    network.save_pretrained(to.folder, is_main_process=to.main)
+    save_model(network, to.folder, is_main_process=to.main)
 
+
+LORA = ("lora_rank", "lora_mlp")
 
 WAYS = {
     "lora": Way(
@@ -127,7 +132,12 @@ WAYS = {
         shards=False,
     ),
     "gates": Way(
-        "The gates were trained; every other weight is as it was", 2e-5, _only_gates, _write_gates, links=True
+        "The gates were trained; every other weight is as it was",
+        2e-5,
+        _only_gates,
+        _write_gates,
+        ignores=("lr", "weight_decay", *LORA),
+        links=True,
     ),
-    "full": Way("All weights were trained", 2e-5, _everything, _write_everything, in_fp32=True),
+    "full": Way("All weights were trained", 2e-5, _everything, _write_everything, ignores=LORA, in_fp32=True),
 }

@@ -79,7 +79,7 @@ def run(folder, output, *options, launcher=None, stop_at=None, rows=4):
     command = [sys.executable, *LAUNCHERS.get(launcher, []), folder / "run.py", folder / "gated"]
     command += ["--data", folder / "train.jsonl", "--out", folder / output, "--batch-size", str(rows)]
     command += ["--steps", "8", "--length", "16", "--save-steps", "4", "--log-steps", "1", "--quiet"]
-    command += ["--lr", "1e-2", "--gate-lr", "1e-2", *options]
+    command += ["--gate-lr", "1e-2", *options, *([] if "gates" in options else ["--lr", "1e-2"])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     if stop_at:
         environment["STOP_AT"] = str(stop_at)
