@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--move-tokens", type=int, default=32_768, help="to move the sink on (default: 32768)")
     parser.add_argument("--heal-tokens", type=int, default=65_536, help="to distil gates on (default: 65536)")
     parser.add_argument("--sliding-window", type=int, metavar="W", help="let the result see the last W tokens only")
-    parser.add_argument("--length", type=int, default=2_048, help="tokens of a row (default: 2048)")
+    parser.add_argument("--length", type=int, help="tokens of a row (default: 4096, or half of what it is made for)")
     parser.add_argument("--batch-size", type=int, default=1, help="rows of a training step (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of text (default: 0)")
     parser.add_argument("--device", help="such as cuda (default: a GPU if there is one)")

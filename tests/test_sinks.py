@@ -800,7 +800,8 @@ def test_the_command_refuses_in_a_sentence(plain, capsys):
     (plain / "short.txt").write_text("the cat. " * 20)
     for arguments, said in (
         ([str(plain / "short.txt"), "--length", "128"], "too few to fit on"),
-        ([str(plain / "text.jsonl")], "texts twice as long as a row: give a --length of at most 128"),
+        ([str(plain / "text.jsonl"), "--length", "129"], "twice as long as a row: give a --length of at most 128"),
+        ([str(plain / "text.jsonl"), "--max-loss", "-1"], "must not be negative"),
         ([str(plain / "text.jsonl"), "--length", "128", "--sliding-window", "65"], "--sliding-window of at most 64"),
         ([str(plain / "text.jsonl"), "--length", "128", "--device", "nowhere"], "put on the device 'nowhere'"),
         ([str(plain / "text.jsonl"), "--length", "100"], "length must be at least 128"),
@@ -813,6 +814,12 @@ def test_the_command_refuses_in_a_sentence(plain, capsys):
 
 
 def test_each_process_has_rows():
-    recipe._refuse_too_few_rows(DesinkSettings(heal_tokens=0), 8)
+    recipe._refuse_too_few_rows(DesinkSettings(heal_tokens=0, length=2_048), 8)
     with pytest.raises(UserError, match="heal_tokens 8,192 leaves a process without a row: give 16,384 or more"):
-        recipe._refuse_too_few_rows(DesinkSettings(heal_tokens=8_192), 8)
+        recipe._refuse_too_few_rows(DesinkSettings(heal_tokens=8_192, length=2_048), 8)
+
+
+def test_rows_are_as_long_as_suits_the_model():
+    lengths = {longest: DesinkSettings().suited_to(longest).length for longest in (2_048, 8_192, 131_072)}
+    assert lengths == {2_048: 1_024, 8_192: 4_096, 131_072: 4_096}
+    assert DesinkSettings(length=256).suited_to(131_072).length == 256

@@ -86,12 +86,12 @@ def desink_checkpoint(
         VerificationError: the loss rose by more than `settings.max_loss`; nothing was written.
     """
     settings = settings or DesinkSettings()
-    settings.check()
+    settings.check()  # before anything is downloaded
     processes = PartialState(cpu=not has_accelerator())
     refuse_adapter(model)
     found = find_source(model, revision)
     refuse_nesting(found.folder, Path(output))
-    _refuse_unsuited(found, settings)
+    settings = _suited(found, settings)
     text = [str(source) for source in text]
     asked = {"model": found.found_again_by, "revision": found.revision, "text": text, **asdict(settings)}
     asked["processes"] = processes.num_processes
@@ -142,11 +142,14 @@ def _write(model: PreTrainedModel, origin: Checkpoint, card: str, folder: Path) 
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _refuse_unsuited(found: Source, settings: DesinkSettings) -> None:
+def _suited(found: Source, settings: DesinkSettings) -> DesinkSettings:
+    """The settings for this model, or a refusal."""
     origin = recognise(read_checkpoint(found.folder).config, found.name)
     if origin.gated_class.config_class is not GatedLlamaConfig:
         raise UserError(f"{found.name} is a mixture of experts, whose sinks are not moved: no such model was tried.")
     most = origin.config.max_position_embeddings
+    settings = settings.suited_to(most)
+    settings.check()
     if 2 * settings.length > most:
         raise UserError(
             f"{found.name} is made for texts of {most:,} tokens, and passages come back in texts twice as long as a "
@@ -157,6 +160,7 @@ def _refuse_unsuited(found: Source, settings: DesinkSettings) -> None:
             f"{found.name} is made for texts of {most:,} tokens, and sliding is measured on texts four times as long "
             f"as the window: give a --sliding-window of at most {most // 4:,}."
         )
+    return settings
 
 
 def _refuse_too_few_rows(settings: DesinkSettings, processes: int) -> None:

@@ -1,10 +1,13 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What `desink` is to do, and how much text it spends on that."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gated_llama.errors import UserError
 from gated_llama.sinks.judge import LATER
+
+
+LONGEST = 4_096  # tokens of a row, where none is given: longer ones were not tried
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,9 @@ class DesinkSettings:
         heal_tokens: on which the gates are distilled from the base afterwards; or 0.
         sliding_window: let every layer of the result see so many tokens only, for streams in constant memory; None
             leaves the layers as they are.
-        length, batch_size: tokens of a row; rows of a step, in each process. What is fitted to short rows forgets
-            to look back further, so the budget holds for texts four times as long too, and for passages that come back
-            in texts twice as long.
+        length, batch_size: tokens of a row, if None `LONGEST` or half of what the model is made for; rows of a step,
+            in each process. What is fitted to short rows forgets to look back further, so the budget holds for texts
+            four times as long too, and for passages that come back in texts twice as long.
         judged_windows: of held-out text, that are measured on.
     """
 
@@ -33,10 +36,14 @@ class DesinkSettings:
     move_tokens: int = 32_768
     heal_tokens: int = 65_536
     sliding_window: int | None = None
-    length: int = 2_048
+    length: int | None = None
     batch_size: int = 1
     judged_windows: int = 4
     seed: int = 0
+
+    def suited_to(self, longest: int) -> "DesinkSettings":
+        """With the length of a row that suits a model made for texts of so many tokens, if none was given."""
+        return self if self.length else replace(self, length=min(LONGEST, longest // 2))
 
     def check(self) -> None:
         """
@@ -45,6 +52,8 @@ class DesinkSettings:
         Raises:
             UserError: a setting has a value that it cannot have.
         """
+        if self.length is None:  # of a model that is not known yet
+            return self.suited_to(4 * LATER).check()
         for name in ("move_tokens", "length", "batch_size", "judged_windows"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be more than 0, not {getattr(self, name)}.")
