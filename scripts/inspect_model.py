@@ -51,16 +51,17 @@ def run(args: argparse.Namespace) -> None:
 
     device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     documents = read_documents(args.text)
-    measured, texts = [], []
+    measured, first = [], None  # windows of the first model
     with ExitStack() as stack:
         folder = stack.enter_context(new_folder(args.out, force=args.force)) if args.out else None
         for source in filter(None, (args.model, args.compare)):
             model, tokenizer = load(source, dtype=args.dtype or "auto", device_map=args.device or device)
             windows = token_windows(tokenizer, documents, args.length)[: max(1, args.max_tokens // args.length)]
-            if folder and args.head and not measured:
-                chosen_head(args.head, model.config.num_hidden_layers, model.config.num_attention_heads)
-            texts.append(windows)
-            if not torch.equal(texts[0], windows):
+            if first is None:
+                first = windows
+                if args.head:
+                    chosen_head(args.head, model.config.num_hidden_layers, model.config.num_attention_heads)
+            elif not torch.equal(first, windows):
                 raise UserError(
                     f"{source} cuts the text into other tokens than {args.model}, so nothing of them can be compared: "
                     "inspect each by itself."

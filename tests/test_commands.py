@@ -155,7 +155,7 @@ def test_finetune_and_inspect(gated, tmp_path):
 
 
 def test_inspect_refuses_in_a_sentence(gated, tmp_path, capsys):
-    text, sources = tmp_path / "text.txt", {"source": tmp_path / "source", "gated": gated}
+    text, sources = tmp_path / "text.txt", {"source": tmp_path / "source"}
     for name, model in (
         ("classifier", source_model("llama", "ForSequenceClassification")),
         ("bare", source_model("llama", "Model")),

@@ -129,11 +129,17 @@ def test_models_of_other_shapes_stand_side_by_side(tmp_path, measurements):
         token_ids(2, 70),
         sentence="the cat sat on the mat",
     )
-    (tmp_path / "small.json").write_text(f"[{small.to_json()}]")
-    for order in ([measurements, tmp_path / "small.json"], [tmp_path / "small.json", measurements]):
-        (tmp_path / order[0].name).with_suffix("").mkdir()
-        page = draw(read_measurements(order), (tmp_path / order[0].name).with_suffix("")).read_text()
-        assert "layer 0, head" in page
+    one = tmp_path / "small.json"
+    one.write_text(f"[{small.to_json()}]")
+
+    def page_of(name: str, *files) -> str:
+        (tmp_path / name).mkdir()
+        return draw(read_measurements(files), tmp_path / name).read_text()
+
+    assert "layer 0, head" in page_of("first", one, measurements)
+    alone, around = page_of("alone", measurements), page_of("around", measurements, one, measurements)
+    chosen = re.search(r"layer \d, head \d", alone)[0]
+    assert chosen[6] != "0" and around.count(chosen) == 2 * alone.count(chosen)  # those behind it are as they were
 
 
 def test_changes_say_better_or_worse_where_that_is_clear(measurements):

@@ -439,13 +439,13 @@ def test_quantization_is_simulated_as_said():
             model.model.layers[1].mlp.down_proj.forward = stopped
             losses(model, ids)
     del model.model.layers[1].mlp.down_proj.forward
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in layers_and_linears(model))
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in linears_of(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert cost["static per tensor", 8] == pytest.approx(cost["dynamic per tensor", 8], rel=0.5)
 
 
-def layers_and_linears(model) -> list[torch.nn.Module]:
-    return [m for layer in model.model.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+def linears_of(model) -> list[torch.nn.Module]:
+    return [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def losses_of(weights: dict, ids: torch.Tensor) -> torch.Tensor:

@@ -148,7 +148,7 @@ def save_model(model: "PreTrainedModel", folder: Path, **settings) -> None:
     finally:
         if own is not None:
             model.generation_config = own
-    (Path(folder) / GENERATION_CONFIG).unlink(missing_ok=True)
+    (folder / GENERATION_CONFIG).unlink(missing_ok=True)
 
 
 def carried_files(folder: Path) -> list[str]:

@@ -114,11 +114,14 @@ def _sentence(measured: list[dict], layer: int, head: int) -> Panels:
     for model in measured:
         shown = model["sentence"]
         tokens, query = shown["tokens"], shown["query"]
-        layer, head = min(layer, len(shown["maps"]) - 1), min(head, len(shown["maps"][0]) - 1)  # of a smaller model
-        attention = np.array(shown["attention"][layer])  # (heads, tokens)
+        own = min(layer, len(shown["maps"]) - 1)  # a smaller model has no such layer, or head
+        own_head = min(head, len(shown["maps"][own]) - 1)
+        attention = np.array(shown["attention"][own])  # (heads, tokens)
         name, size = model["name"], (4.6, 4.2)
         panels.append(
-            _image(shown["maps"][layer][head], f"{name}: layer {layer}, head {head}", "looks at", "token", SHARES, size)
+            _image(
+                shown["maps"][own][own_head], f"{name}: layer {own}, head {own_head}", "looks at", "token", SHARES, size
+            )
         )
         _with_tokens(panels[-1], tokens, "x", "y")
         panels.append(
@@ -127,7 +130,7 @@ def _sentence(measured: list[dict], layer: int, head: int) -> Panels:
         _with_tokens(panels[-1], tokens, "x")
         if not shown["query_gates"]:
             continue
-        gates = np.array(shown["query_gates"][layer])
+        gates = np.array(shown["query_gates"][own])
         figure, axes = _panel(*size)
         bars = axes.barh(range(len(gates)), gates, color=[gate_colour(gate) for gate in gates], edgecolor="grey")
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)

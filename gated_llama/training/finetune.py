@@ -259,11 +259,20 @@ def finetune_checkpoint(
         if processes.is_main_process and last_checkpoint(output / CHECKPOINTS) is None:
             _forget_run(output)
         raise
+    result = _result_of(trainer, output, settings, parameters, rows)
+    _write_result(trainer, checkpoint, config, found, result, link)
+    return result
+
+
+def _result_of(
+    trainer: GatedTrainer, output: Path, settings: FinetuneSettings, parameters: Parameters, rows: Rows
+) -> FinetuneResult:
+    """Of a run that came to its end; what was held out is measured once more, unless the last step was."""
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     if evaluations and evaluations[-1]["step"] != trainer.state.global_step:
         evaluations.append(trainer.evaluate())
-    result = FinetuneResult(
+    return FinetuneResult(
         output=str(output),
         train=settings.train,
         steps=trainer.state.global_step,
@@ -276,8 +285,6 @@ def finetune_checkpoint(
         gate_drift=trainer.gate_monitor.drift,
         verdict=trainer.gate_monitor.verdict(),
     )
-    _write_result(trainer, checkpoint, config, found, result, link)
-    return result
 
 
 def _rows(
