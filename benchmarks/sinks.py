@@ -53,22 +53,23 @@ class Move:
 class Distil:
     tokens: int
     settings: DistilSettings
+    batch_size: int = 1
     teacher: bool = True  # the base's predictions are learned, not those of the text
 
 
-CALM = Distil(196_608, DistilSettings("layers", batch_size=1))
-GATES = Distil(98_304, DistilSettings("gates", batch_size=1))
+CALM = Distil(196_608, DistilSettings("layers"))
+GATES = Distil(98_304, DistilSettings("gates"))
 NOT_CALM = replace(GATES, settings=replace(GATES.settings, penalty=0.0))
 NO_GATES = ("attn_gate", "_proj.bias")
 
 
 def healed_on_text(*frozen: str, tokens: int = 4_587_520, **settings) -> Distil:
     """All weights trained on the text itself. Queries and keys are kept, or the sink comes back."""
-    return Distil(tokens, DistilSettings("layers", lr=6e-5, batch_size=2, frozen=frozen, **settings), teacher=False)
+    return Distil(tokens, DistilSettings("layers", lr=6e-5, frozen=frozen, **settings), 2, teacher=False)
 
 
 def all_distilled(**settings) -> Distil:
-    return Distil(4_587_520, DistilSettings("layers", lr=1e-4, batch_size=2, frozen=("q_proj", "k_proj"), **settings))
+    return Distil(4_587_520, DistilSettings("layers", lr=1e-4, frozen=("q_proj", "k_proj"), **settings), 2)
 
 
 RECIPES = {
@@ -81,7 +82,7 @@ RECIPES = {
     "calmed, without gates": [replace(CALM, settings=replace(CALM.settings, frozen=NO_GATES))],
     "calmed, moved, gates distilled": [CALM, Move(), GATES],
     "calmed harder, moved, gates distilled": [
-        Distil(262_144, DistilSettings("layers", lr=3e-4, times=2.0, batch_size=1)),
+        Distil(262_144, DistilSettings("layers", lr=3e-4, times=2.0)),
         Move(),
         replace(GATES, settings=replace(GATES.settings, gate_lr=2e-3, times=2.0)),
     ],
@@ -126,7 +127,8 @@ def follow(recipe: list[Move | Distil], model, base, mixed: Callable[[int, int],
             sinks = sink_tokens(state_lengths(base, windows))
             said.append(str(move_sinks(model, windows, step.settings, sinks=sinks, progress=True)))
         else:
-            distil(model, base if step.teacher else None, windows, lengths, step.settings, progress=True)
+            batches = windows.split(step.batch_size)
+            distil(model, base if step.teacher else None, batches, lengths, step.settings, progress=True)
     return {"tokens": tokens, "said": said}
 
 

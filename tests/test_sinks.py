@@ -364,7 +364,8 @@ def test_distillation_learns_from_the_base_and_calms_what_is_massive():
         model = copy.deepcopy(base)
         with torch.no_grad():
             model.model.layers[0].self_attn.attn_gate.proj.weight.normal_(0, 0.3)
-        found = distil(model, base, ids, lengths, DistilSettings("layers", lr=1e-2, gate_lr=2e-2, penalty=penalty))
+        settings = DistilSettings("layers", lr=1e-2, gate_lr=2e-2, penalty=penalty)
+        found = distil(model, base, ids.split(4), lengths, settings)
         massive[penalty] = state_lengths(model, ids).states[:, :, 0].mean().item()
         given[penalty] = [sum(loss for loss, _ in part) / len(part) for part in (found[:4], found[-4:])]
     assert given[0.0][1] < 0.7 * given[0.0][0]
@@ -377,7 +378,7 @@ def test_distillation_trains_what_it_says_and_nothing_else(train):
     model = copy.deepcopy(base)
     add_biases(model)
     before = copy.deepcopy(model.state_dict())
-    distil(model, base, ids, state_lengths(base, ids), DistilSettings(train, frozen=("q_proj",), penalty=0.1))
+    distil(model, base, ids.split(4), state_lengths(base, ids), DistilSettings(train, frozen=("q_proj",), penalty=0.1))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[0] for name in changed} == {"model"} and not any("embed" in name for name in changed)
     quick = {name for name in changed if "attn_gate" in name or name.endswith(("v_proj.bias", "o_proj.bias"))}
@@ -393,7 +394,7 @@ def test_gates_of_layers_from_which_nothing_was_moved_stay_open():
     before = copy.deepcopy(model.state_dict())
     frozen = recipe._layers_with_open_gates(model)
     assert frozen == (".layers.0.", ".layers.2.")
-    distil(model, base, ids, state_lengths(base, ids), DistilSettings("gates", frozen=frozen))
+    distil(model, base, ids.split(4), state_lengths(base, ids), DistilSettings("gates", frozen=frozen))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith("model.layers.1.self_attn.") for name in changed)
 
@@ -645,7 +646,8 @@ def test_a_budget_that_is_not_kept_leaves_nothing(plain, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("far", "behind the rows' length"), ("recalled", "of passages that come back")]
+    ("name", "what"),
+    [("far", "behind the rows' length"), ("recalled", "of passages that come back"), ("short", "of short texts")],
 )
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
 def test_a_model_that_forgot_to_look_back_is_not_returned(plain, monkeypatch, name, what):
@@ -678,7 +680,7 @@ def test_healing_is_kept_that_makes_more_good_than_it_costs(plain, monkeypatch, 
 
     def judge(self, model, **settings):
         loss, far = costs.pop(0)
-        return replace(real_judge(self, model, **settings), loss=1 + loss, far=1 + far, recalled=1.0)
+        return replace(real_judge(self, model, **settings), loss=1 + loss, far=1 + far, recalled=1.0, short=1.0)
 
     anything = MoveSettings(min_sink=0.0, max_error=1e9)
     monkeypatch.setattr(recipe, "move_sinks", lambda model, ids, settings, **kw: real_move(model, ids, anything, **kw))
@@ -788,6 +790,21 @@ def test_half_of_what_is_fitted_on_has_passages_that_come_back(plain):
     assert [torch.equal(row[64:], row[:64]) for row in rows[1::2]] == [False, True, False, True]  # one passage
 
 
+@pytest.mark.parametrize(("length", "lengths"), [(2_048, {2_048: 3, 512: 12, 128: 48}), (128, {128: 72, 64: 144})])
+def test_steps_of_training_have_rows_of_several_lengths(plain, length, lengths):
+    """As many tokens of each, spread evenly; and a row for each process however few tokens are asked for."""
+    windows = recipe.Windows(tiny_tokenizer(), [str(plain / "text.jsonl")], DesinkSettings(length=128), 512, False)
+    windows.length = length
+    batches = windows.batches(9 * 2 * 2_048, "some", 2)
+    assert all(len(ids) == 2 for ids in batches)
+    found = [ids.shape[1] for ids in batches]
+    assert {length: found.count(length) for length in found} == lengths
+    third = len(found) // 3
+    assert max(found[:third]) == max(found[third : 2 * third]) == max(found[2 * third :]) == length
+    assert sorted(ids.shape[1] for ids in windows.batches(1, "few", 3)) == sorted(lengths)
+    assert len({tuple(ids[0].tolist()) for ids in batches}) > len(batches) // 2
+
+
 def test_a_bar_changes_nothing_that_is_measured(plain, monkeypatch, capsys):
     model = gated_model(GatedLlamaForCausalLM)
     monkeypatch.setattr("gated_llama.sinks.windows.tqdm", partial(tqdm, mininterval=0))  # drawn at each forward
@@ -811,12 +828,6 @@ def test_the_command_refuses_in_a_sentence(plain, capsys):
             assert main(["desink", str(plain / "plain"), str(plain / "no"), "--quiet", "--text", *arguments]) == 2
             assert said in capsys.readouterr().err
     assert not (plain / "no").exists() and not (plain / "no.unfinished").exists()
-
-
-def test_each_process_has_rows():
-    recipe._refuse_too_few_rows(DesinkSettings(heal_tokens=0, length=2_048), 8)
-    with pytest.raises(UserError, match="heal_tokens 8,192 leaves a process without a row: give 16,384 or more"):
-        recipe._refuse_too_few_rows(DesinkSettings(heal_tokens=8_192, length=2_048), 8)
 
 
 def test_rows_are_as_long_as_suits_the_model():

@@ -13,6 +13,7 @@ from gated_llama.sinks.judge import Judgement
 
 
 LOSSES = {  # that a budget holds for, by their fields of a `Judgement`, from the quickest on to measure
+    "short": "of short texts",
     "loss": "on held-out text",
     "recalled": "of passages that come back",
     "far": "behind the rows' length",
@@ -24,6 +25,7 @@ Edit = TypeVar("Edit")
 def highest_losses(before: Judgement, share: float) -> dict[str, float]:
     """What each of `LOSSES` may come to. Passages that come back may lose as many nats as other text."""
     return {
+        "short": (1 + share) * before.short,
         "loss": (1 + share) * before.loss,
         "recalled": before.recalled + share * before.loss,
         "far": (1 + share) * before.far,

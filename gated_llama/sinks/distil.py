@@ -30,7 +30,6 @@ class DistilSettings:
         train: `"gates"` and the biases of v and o beside them, or `"layers"`, everything but embeddings and head.
         lr, gate_lr: of the weights, and of gates and biases. They fall to a tenth, along a cosine, after a tenth of the
             steps in which they rise.
-        batch_size: rows of one step.
         penalty, times: weight of the penalty on long states, and from how many medians on they are long (see
             [`long_states`]).
         frozen: parts of names of weights that stay as they are.
@@ -39,7 +38,6 @@ class DistilSettings:
     train: str = "gates"
     lr: float = 2e-4
     gate_lr: float = 1e-3
-    batch_size: int = 4
     penalty: float = 0.02
     times: float = 2.5
     frozen: tuple[str, ...] = ()
@@ -92,7 +90,7 @@ def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def distil(
     model: PreTrainedModel,
     base: PreTrainedModel | None,
-    rows: torch.Tensor,
+    batches: Sequence[torch.Tensor],
     lengths: Lengths,
     settings: DistilSettings | None = None,
     *,
@@ -100,10 +98,12 @@ def distil(
     progress: bool = False,
 ) -> list[tuple[float, float]]:
     """
-    Train `model` in place on `rows` (rows, T) of token ids, each seen once. Of several processes each takes its part of
-    every step's rows, `batch_size` of them, and all make the same step.
+    Train `model` in place, a step for each of `batches`. Of several processes each takes its part of every step's rows,
+    and all make the same step.
 
     Args:
+        batches: token ids (B, T), of other lengths from step to step if need be; B at least the number of processes,
+            and a multiple of it for rows to count the same.
         base: whose predictions are learned; those of the text itself if None.
         lengths: of the base's states, as [`gated_llama.sinks.layers.state_lengths`] gives them.
         state: a file in which training is kept at every quarter; what is there already is gone on from.
@@ -117,7 +117,6 @@ def distil(
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.0)
     highest = [group["lr"] for group in optimizer.param_groups]
     rank, processes = process_of()
-    batches = rows[: len(rows) // processes * processes].split(settings.batch_size * processes)
     warm = max(1, len(batches) // 10)
 
     def rate(step: int) -> float:
@@ -126,10 +125,12 @@ def distil(
 
     found = _restore(state, model, optimizer) if state and state.exists() else []
     device = model.device
-    bar = tqdm(batches[len(found) :], desc=f"distilling ({settings.train})", unit=" steps", disable=not progress)
+    sizes = [ids.numel() for ids in batches]
+    seen = {"total": sum(sizes), "initial": sum(sizes[: len(found)])}
+    bar = tqdm(desc=f"distilling ({settings.train})", unit=" tokens", disable=not progress, **seen)
     model.train()
-    with long_states(model, lengths, settings.times) as penalty_of:
-        for ids in bar:
+    with bar, long_states(model, lengths, settings.times) as penalty_of:
+        for size, ids in list(zip(sizes, batches, strict=True))[len(found) :]:
             for group, lr in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = lr * rate(len(found))
             ids = ids[rank::processes].to(device)
@@ -146,6 +147,7 @@ def distil(
             nn.utils.clip_grad_norm_([*gates, *rest], 1.0)
             optimizer.step()
             found.append((loss.item(), penalty.item()))
+            bar.update(size)
             bar.set_postfix(loss=f"{found[-1][0]:.3f}", penalty=f"{found[-1][1]:.2f}")
             if state and rank == 0 and len(found) % max(1, len(batches) // 4) == 0:
                 _keep(state, model, optimizer, found)

@@ -39,6 +39,7 @@ class Judgement:
     short_window_and_first: float  # … and the first token, as StreamingLLM keeps it
     far: float | None = None  # loss of what lies behind a row's length, in longer texts
     recalled: float | None = None  # … of passages that come back, in texts twice as long as a row
+    short: float | None = None  # … of short texts
 
 
 @torch.no_grad()

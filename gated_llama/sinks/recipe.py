@@ -95,7 +95,6 @@ def desink_checkpoint(
     text = [str(source) for source in text]
     asked = {"model": found.found_again_by, "revision": found.revision, "text": text, **asdict(settings)}
     asked["processes"] = processes.num_processes
-    _refuse_too_few_rows(settings, processes.num_processes)
     main, folder = processes.is_main_process, None
     with ExitStack() as stack:
         run = Unfinished(Path(output))
@@ -161,13 +160,6 @@ def _suited(found: Source, settings: DesinkSettings) -> DesinkSettings:
             f"as the window: give a --sliding-window of at most {most // 4:,}."
         )
     return settings
-
-
-def _refuse_too_few_rows(settings: DesinkSettings, processes: int) -> None:
-    for name in ("calm_tokens", "heal_tokens"):
-        tokens, least = getattr(settings, name), processes * settings.length
-        if 0 < tokens < least and processes > 1:
-            raise UserError(f"{name} {tokens:,} leaves a process without a row: give {least:,} or more, or 0.")
 
 
 def _refuse_if_nothing_held(result: DesinkResult, settings: DesinkSettings) -> None:
@@ -270,10 +262,9 @@ class _Steps:
         self.run.keep(self.edited, self.result)
 
     def learn(self, name: str, train: str, tokens: int, penalty: float) -> None:
-        rows = self.windows.cut(tokens, name)
+        batches = self.windows.batches(tokens, name, self.settings.batch_size * PartialState().num_processes)
         distilling = DistilSettings(
             train,
-            batch_size=self.settings.batch_size,
             penalty=penalty,
             frozen=_layers_with_open_gates(self.edited) if train == "gates" else (),
         )
@@ -282,14 +273,14 @@ class _Steps:
             distil(
                 self.edited,
                 self.base,
-                rows,
+                batches,
                 self.lengths,
                 distilling,
                 state=self.run.training,
                 progress=self.progress,
             )
 
-        self.step(name, rows.numel(), work, may_be_undone=True)
+        self.step(name, sum(ids.numel() for ids in batches), work, may_be_undone=True)
 
     def move(self) -> None:
         self.run.keep_unmoved(self.edited)

@@ -65,6 +65,7 @@ class DesinkResult:
             ("loss on held-out text, nats", "{:.4f}", lambda j: j.loss),
             ("… of longer texts, behind the rows' length", "{:.4f}", lambda j: j.far),
             ("… of passages that come back", "{:.4f}", lambda j: j.recalled),
+            ("… of short texts", "{:.4f}", lambda j: j.short),
             ("attention to the first token", "{:.3f}", lambda j: j.first_token),
             ("attention to the most attended key", "{:.3f}", lambda j: j.most_attended),
             ("heads and windows with a sink", "{:.1%}", lambda j: j.sink_rate),
@@ -90,6 +91,6 @@ class DesinkResult:
         return (
             f"attention to sinks {one.most_attended:.3f} -> {other.most_attended:.3f}, sink rate {one.sink_rate:.1%}"
             f" -> {other.sink_rate:.1%}, largest activation {one.m_act:,.0f} -> {other.m_act:,.0f}, "
-            f"loss {other.loss / one.loss - 1:+.2%}, far behind {other.far / one.far - 1:+.2%}, "
-            f"of what comes back {other.recalled - one.recalled:+.3f} nats"
+            f"loss {other.loss / one.loss - 1:+.2%}, of short texts {other.short / one.short - 1:+.2%}, "
+            f"far behind {other.far / one.far - 1:+.2%}, of what comes back {other.recalled - one.recalled:+.3f} nats"
         )

@@ -26,15 +26,16 @@ class DesinkSettings:
             leaves the layers as they are.
         length, batch_size: tokens of a row, if None `LONGEST` or half of what the model is made for; rows of a step,
             in each process. What is fitted to short rows forgets to look back further, so the budget holds for texts
-            four times as long too, and for passages that come back in texts twice as long.
+            four times as long too, and for passages that come back in texts twice as long; and for short texts, which
+            pay for long rows. Rows that are trained on are of several lengths, this one the longest.
         judged_windows: of held-out text, that are measured on.
     """
 
     calm_only: bool = False
     max_loss: float = 0.01
     calm_tokens: int = 0
-    move_tokens: int = 32_768
-    heal_tokens: int = 65_536
+    move_tokens: int = 65_536
+    heal_tokens: int = 98_304
     sliding_window: int | None = None
     length: int | None = None
     batch_size: int = 1

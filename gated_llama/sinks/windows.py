@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gated_llama.data import cut_windows, mixed_windows, read_documents, shuffled, tokenize, with_returns
 from gated_llama.errors import UserError
 from gated_llama.inspection.quantization import QUANTIZATIONS
-from gated_llama.sinks.judge import Judgement, judge, last_tokens, losses, quantization_costs
+from gated_llama.sinks.judge import LATER, Judgement, judge, last_tokens, losses, quantization_costs
 from gated_llama.sinks.result import Sliding
 from gated_llama.sinks.settings import DesinkSettings
 
@@ -21,6 +21,8 @@ from gated_llama.sinks.settings import DesinkSettings
 HELD_OUT = 0.05  # of the documents; they are what is measured on
 LEAST_WINDOWS = 16  # of different text that the shortest text must fill
 FAR_WINDOWS = 2  # of text longer than the rows
+SHORT, SHORT_WINDOWS = 256, 32  # tokens of a short text, and how many of these are measured on
+SHORTER = (1, 4, 16)  # times than rows that are fitted on are those that are trained on
 LONG_WINDOWS = 4  # on which it is measured what it costs to slide
 
 
@@ -69,6 +71,7 @@ class Windows:
         self.far = cut_windows(self.held_out, FAR_WINDOWS, far, f"{self.seed} far")
         twice = cut_windows(self.held_out, FAR_WINDOWS, 2 * self.length, f"{self.seed} recalled")
         self.recalled = with_returns(twice, f"{self.seed} recalled")
+        self.short = self._cut(self.held_out, SHORT_WINDOWS, "short", min(SHORT, self.length))
         self.judged = self._cut(self.held_out, settings.judged_windows, "judge")
         self.calibration = self._cut(self.train, 8, "calibration")
 
@@ -80,26 +83,39 @@ class Windows:
         length = min(length or self.length, self.length)
         return self._cut(self.train, max(1, tokens // length), what, length, returns=True)
 
+    def batches(self, tokens: int, what: str, rows: int) -> list[torch.Tensor]:
+        """
+        So many `rows` (B, T) for each step of training, others for each `what`. Each length has as many of the tokens:
+        long rows keep what stands far back, and short ones make many steps of a text, and keep short texts. It is
+        at least one step of each.
+        """
+        lengths, placed = sorted({max(LATER, self.length // times) for times in SHORTER}), []
+        for length in lengths:
+            steps = max(1, tokens // len(lengths) // (length * rows))
+            cut = self._cut(self.train, steps * rows, f"{what} {length}", length, returns=True)
+            placed += [((step + 0.5) / steps, ids) for step, ids in enumerate(cut.split(rows))]
+        return [ids for _, ids in sorted(placed, key=lambda pair: pair[0])]
+
     def judge(self, model: PreTrainedModel, quantizations: tuple[str, ...] = tuple(QUANTIZATIONS)) -> Judgement:
         passes = 3 + len(quantizations)  # the windows as they are, twice with few keys, quantized
-        tokens = self.far.numel() + self.recalled.numel() + passes * self.judged.numel()
+        tokens = self.short.numel() + self.far.numel() + self.recalled.numel() + passes * self.judged.numel()
         tokens += self.calibration.numel() if quantizations else 0
         with self._bar(model, tokens):
-            far, recalled = (self._loss(model, name) for name in ("far", "recalled"))
-            found = judge(model, self.judged, self.calibration, quantizations=quantizations)
-        return replace(found, far=far, recalled=recalled)
+            found = {name: self._loss(model, name) for name in ("short", "far", "recalled")}
+            judged = judge(model, self.judged, self.calibration, quantizations=quantizations)
+        return replace(judged, **found)
 
     def loss(self, model: PreTrainedModel, name: str) -> float:
-        """One of the losses of a [`Judgement`], by its field: "loss", "far" or "recalled"."""
+        """One of the losses of a [`Judgement`], by its field: "loss", "short", "far" or "recalled"."""
         with self._bar(model, self._rows(name).numel()):
             return self._loss(model, name)
 
     def _loss(self, model: PreTrainedModel, name: str) -> float:
-        first = 0 if name == "loss" else self.length
-        return losses(model, self._rows(name), 1)[:, first:].mean().item()
+        rows, first = self._rows(name), self.length if name in ("far", "recalled") else 0
+        return losses(model, rows, max(1, self.length // rows.shape[1]))[:, first:].mean().item()
 
     def _rows(self, name: str) -> torch.Tensor:
-        return {"loss": self.judged, "far": self.far, "recalled": self.recalled}[name]
+        return {"loss": self.judged, "short": self.short, "far": self.far, "recalled": self.recalled}[name]
 
     def quantization_costs(self, model: PreTrainedModel) -> dict[str, float]:
         """What [`judge`] tells of them."""

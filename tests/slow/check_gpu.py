@@ -155,5 +155,5 @@ def test_inspect_and_desink(tmp_path):
     moved = move_sinks(edited, windows)
     assert moved.loss_after <= 1.1 * moved.loss_before
     lengths = state_lengths(base, windows)
-    assert all(loss >= 0 for loss, _ in distil(edited, base, windows, lengths, DistilSettings("gates", batch_size=2)))
+    assert all(loss >= 0 for loss, _ in distil(edited, base, windows.split(2), lengths, DistilSettings("gates")))
     assert judge(edited, windows, windows[:2]).loss > 0
