@@ -34,8 +34,8 @@ class DesinkSettings:
     calm_only: bool = False
     max_loss: float = 0.01
     calm_tokens: int = 0
-    move_tokens: int = 65_536
-    heal_tokens: int = 98_304
+    move_tokens: int = 32_768
+    heal_tokens: int = 65_536
     sliding_window: int | None = None
     length: int | None = None
     batch_size: int = 1

@@ -1,6 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The text of a run of `desink`: what is fitted on, and what is held out and measured on."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ HELD_OUT = 0.05  # of the documents; they are what is measured on
 LEAST_WINDOWS = 16  # of different text that the shortest text must fill
 FAR_WINDOWS = 2  # of text longer than the rows
 SHORT, SHORT_WINDOWS = 256, 32  # tokens of a short text, and how many of these are measured on
-SHORTER = (1, 4, 16)  # times than rows that are fitted on are those that are trained on
+SHARES = {1: 0.5, 4: 0.25, 16: 0.25}  # of the tokens trained on, in rows so many times shorter than those fitted on
 LONG_WINDOWS = 4  # on which it is measured what it costs to slide
 
 
@@ -85,13 +86,14 @@ class Windows:
 
     def batches(self, tokens: int, what: str, rows: int) -> list[torch.Tensor]:
         """
-        So many `rows` (B, T) for each step of training, others for each `what`. Each length has as many of the tokens:
-        long rows keep what stands far back, and short ones make many steps of a text, and keep short texts. It is
-        at least one step of each.
+        So many `rows` (B, T) for each step of training, others for each `what`, of several lengths: long rows keep what
+        stands far back, and short ones make many steps of a text, and keep short texts. Each has one step at least.
         """
-        lengths, placed = sorted({max(LATER, self.length // times) for times in SHORTER}), []
-        for length in lengths:
-            steps = max(1, tokens // len(lengths) // (length * rows))
+        shares, placed = Counter(), []
+        for times, share in SHARES.items():
+            shares[max(LATER, self.length // times)] += share
+        for length, share in shares.items():
+            steps = max(1, int(share * tokens) // (length * rows))
             cut = self._cut(self.train, steps * rows, f"{what} {length}", length, returns=True)
             placed += [((step + 0.5) / steps, ids) for step, ids in enumerate(cut.split(rows))]
         return [ids for _, ids in sorted(placed, key=lambda pair: pair[0])]
