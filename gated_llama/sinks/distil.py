@@ -102,9 +102,9 @@ def distil(
     and all make the same step.
 
     Args:
+        base: whose predictions are learned; those of the text itself if None.
         batches: token ids (B, T), of other lengths from step to step if need be; B at least the number of processes,
             and a multiple of it for rows to count the same.
-        base: whose predictions are learned; those of the text itself if None.
         lengths: of the base's states, as [`gated_llama.sinks.layers.state_lengths`] gives them.
         state: a file in which training is kept at every quarter; what is there already is gone on from.
 
@@ -117,23 +117,17 @@ def distil(
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.0)
     highest = [group["lr"] for group in optimizer.param_groups]
     rank, processes = process_of()
-    warm = max(1, len(batches) // 10)
-
-    def rate(step: int) -> float:
-        done = (step - warm) / max(1, len(batches) - warm)
-        return (step + 1) / warm if step < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-
     found = _restore(state, model, optimizer) if state and state.exists() else []
     device = model.device
-    sizes = [ids.numel() for ids in batches]
-    seen = {"total": sum(sizes), "initial": sum(sizes[: len(found)])}
-    bar = tqdm(desc=f"distilling ({settings.train})", unit=" tokens", disable=not progress, **seen)
+    done, total = (sum(ids.numel() for ids in part) for part in (batches[: len(found)], batches))
+    desc = f"distilling ({settings.train})"
+    bar = tqdm(desc=desc, initial=done, total=total, unit=" tokens", disable=not progress)
     model.train()
     with bar, long_states(model, lengths, settings.times) as penalty_of:
-        for size, ids in list(zip(sizes, batches, strict=True))[len(found) :]:
+        for batch in batches[len(found) :]:
             for group, lr in zip(optimizer.param_groups, highest, strict=True):
-                group["lr"] = lr * rate(len(found))
-            ids = ids[rank::processes].to(device)
+                group["lr"] = lr * _rate(len(found), len(batches))
+            ids = batch[rank::processes].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 if base is not None:
                     with torch.no_grad():
@@ -147,12 +141,19 @@ def distil(
             nn.utils.clip_grad_norm_([*gates, *rest], 1.0)
             optimizer.step()
             found.append((loss.item(), penalty.item()))
-            bar.update(size)
+            bar.update(batch.numel())
             bar.set_postfix(loss=f"{found[-1][0]:.3f}", penalty=f"{found[-1][1]:.2f}")
             if state and rank == 0 and len(found) % max(1, len(batches) // 4) == 0:
                 _keep(state, model, optimizer, found)
     model.eval()
     return found
+
+
+def _rate(step: int, steps: int) -> float:
+    """The share of the highest rate: it rises for a tenth of the steps and falls to a tenth, along a cosine."""
+    warm = max(1, steps // 10)
+    done = (step - warm) / max(1, steps - warm)
+    return (step + 1) / warm if step < warm else 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
 def process_of() -> tuple[int, int]:
