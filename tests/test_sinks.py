@@ -200,6 +200,74 @@ def test_scaled_channels_change_nothing_that_is_computed():
 
 
 @torch.no_grad()
+def with_a_writer(elsewhere: float = 0.0, **fields) -> GatedLlamaForCausalLM:
+    """
+    Two layers in fp64. In the first, without attention, neuron 3 makes token 0 massive; in the second this is a sink,
+    as in [`with_sinks`]. What the neuron writes to others is so many times the length of their states.
+    """
+    fields = {"trained": False, "vocab_size": 1 + KINDS * TOKENS, "pad_token_id": None, **fields}
+    model = gated_model(GatedLlamaForCausalLM, num_hidden_layers=2, **fields).double()
+    first, second = model.model.layers
+    first.self_attn.o_proj.weight.zero_()
+    embedded = model.model.embed_tokens.weight  # (V, E)
+    is_sink = (torch.arange(len(embedded)) == 0).double()
+    mlp, norm = first.mlp, first.post_attention_layernorm
+    mlp.down_proj.weight[:, 3] /= mlp.down_proj.weight[:, 3].norm()
+    mlp.down_proj.weight[:, 3] *= 2 * (embedded + mlp(norm(embedded))).norm(dim=1).median()
+    tells = torch.linalg.pinv(norm(embedded))  # (E, V)
+    mlp.gate_proj.weight[3] = 30 * tells.sum(1)  # silu(30) is 30, and so it is for every token
+    mlp.up_proj.weight[3] = tells @ (is_sink * 10 + (1 - is_sink) * elsewhere / 60)
+    states = second.input_layernorm(embedded + mlp(norm(embedded)))
+    attention = second.self_attn
+    sink, other = (torch.linalg.pinv(states) @ torch.stack([is_sink, 1 - is_sink], dim=1)).unbind(1)
+    attract = torch.zeros(attention.head_dim).double()
+    attract[attention.head_dim // 2 - 1] = 1.5 * attention.head_dim**0.25
+    attention.q_proj.weight += torch.outer(attract.repeat(attention.config.num_attention_heads), other)
+    attention.k_proj.weight.copy_(torch.outer(attract.repeat(attention.config.num_key_value_heads), sink))
+    return model
+
+
+def longest(model) -> float:
+    """State of a token behind the first layer, in medians."""
+    lengths = state_lengths(model, windows()).states[0]
+    return (lengths.max() / lengths.median()).item()
+
+
+@torch.no_grad()
+def test_what_makes_sinks_massive_is_silenced_and_the_gates_do_what_they_did():
+    model = with_a_writer()
+    before = copy.deepcopy(model)
+    found = move_sinks(model, windows(), EXACT)
+    assert found.silenced == [(0, 3)] and "neurons 3 of layer 0" in str(found)
+    assert longest(before) > 80 and longest(model) < 4
+    assert all(fit.moved and fit.sink > 0.4 and fit.sink_left < 0.1 for fit in found.heads if fit.layer == 1)
+    for name, weight in before.model.layers[0].mlp.named_parameters():
+        changed = (weight != model.model.layers[0].mlp.get_parameter(name)).nonzero()[:, 0].unique().tolist()
+        assert changed == ([3] if name == "up_proj.weight" else [])
+    loud, alone, ids = copy.deepcopy(before), copy.deepcopy(before), windows(count=10)
+    alone.model.layers[0].mlp.up_proj.weight[3] = 0
+    expected, found, silent = (each(ids).logits[:, 1:] for each in (before, model, alone))  # not of the sink itself
+    assert (silent - expected).abs().max() > 6 * (found - expected).abs().max()  # to silence is not enough
+    assert move_sinks(loud, windows(), replace(EXACT, silence=False)).silenced == [] and longest(loud) > 80
+
+
+@torch.no_grad()
+def test_what_writes_to_other_tokens_too_is_not_silenced():
+    model = with_a_writer(elsewhere=0.1)
+    assert longest(model) > 80 and move_sinks(model, windows(), EXACT).silenced == [] and longest(model) > 80
+
+
+@torch.no_grad()
+def test_silence_that_costs_too_much_is_done_without():
+    model, loud = with_a_writer(), with_a_writer()
+    settings = replace(EXACT, max_loss=-0.9)  # which nothing keeps
+    found = move_sinks(model, windows(), settings)
+    assert found == move_sinks(loud, windows(), replace(settings, silence=False)) and not found.silenced
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loud.parameters(), strict=True))
+    assert longest(model) > 80
+
+
+@torch.no_grad()
 def test_heads_without_a_sink_or_a_fit_stay_as_they_are():
     model = with_sinks()
     keys = model.model.layers[0].self_attn.k_proj.weight

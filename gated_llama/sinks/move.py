@@ -7,6 +7,9 @@ over the other tokens alone. Its output is o = (1 − p₀)·o′ + p₀·v₀ =
 see the sinks, whose values are all shifted by −v₀ (a bias of `v_proj`), which has the gate 1 − p₀, and behind which v₀
 is added (a bias of `o_proj`), computes the same. The key that every query meets at a sink is one and the same, so p₀ is
 largely a function of the query's own hidden state, and that is what the gate reads.
+
+What makes a sink massive is a neuron or two of one MLP, which write next to nothing elsewhere. They are silenced, so
+that behind it the sink is no longer than other tokens, and the gates do what its attention did.
 """
 
 import warnings
@@ -24,10 +27,12 @@ from configuration_gated import GatedLlamaConfig
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_values
 from gated_llama.inspection.attention import decoder_layers, has_experts
+from gated_llama.inspection.collectors import MASSIVE
 from gated_llama.inspection.losses import token_losses
 from gated_llama.sinks.budget import undo_fewest, weights_of_attention
 from gated_llama.sinks.judge import losses
 from gated_llama.sinks.layers import Attended, attend, embed, rotary_of, sink_tokens, state_lengths
+from gated_llama.sinks.writers import massive_writers, silence
 
 
 LEAST_GATE = 1e-3  # of its scale that a gate is asked to be; to be shut further would change nothing
@@ -61,13 +66,16 @@ class Moved:
     loss_before: float
     loss_after: float
     undone: list[int]  # layers left as they were because all together would have cost more than they may
+    silenced: list[tuple[int, int]]  # layers and the neurons there that made sinks massive
 
     def __str__(self) -> str:
         moved = sum(fit.moved for fit in self.heads)
         undone = f"; undone to keep the budget: layers {', '.join(map(str, self.undone))}" if self.undone else ""
+        neurons = ", ".join(f"{neuron} of layer {layer}" for layer, neuron in self.silenced)
+        silenced = f"; silenced what made them massive: neurons {neurons}" if neurons else ""
         return (
             f"moved the sinks of {moved} of {len(self.heads)} heads: loss {self.loss_before:.4f} -> "
-            f"{self.loss_after:.4f} ({self.loss_after / self.loss_before - 1:+.2%}){undone}"
+            f"{self.loss_after:.4f} ({self.loss_after / self.loss_before - 1:+.2%}){silenced}{undone}"
         )
 
 
@@ -82,6 +90,8 @@ class MoveSettings:
             but a model that keeps them needs its first token in sight (LOG.md).
         max_error: of what a head puts out (see [`HeadFit.error`]); a key head whose query heads change more on windows
             that were not fitted on stays as it was.
+        silence: silence the neurons that make sinks massive (see [`gated_llama.sinks.writers`]). What that costs more
+            than `max_loss` is done without.
         values: shift the values by those of the sinks, which takes biases of `v_proj` and `o_proj`.
         outputs: let `o_proj` make good what it can of the rest, by a regression.
         held_out: share of the windows that nothing is fitted on.
@@ -93,6 +103,7 @@ class MoveSettings:
     max_loss: float = 0.1
     min_sink: float = 0.05
     max_error: float = 0.5
+    silence: bool = True
     values: bool = True
     outputs: bool = True
     held_out: float = 0.125
@@ -141,7 +152,7 @@ def move_sinks(
     judged = max(1, round(settings.held_out * len(windows)))  # the last windows
     base = embed(model, windows, device)
     edited, rotary = base.clone(), rotary_of(model, base)
-    fits, costs, before = [], [], []
+    fits, costs, before, silenced = [], [], [], []
     layers = decoder_layers(model)
     for number in tqdm(range(len(layers)), desc="moving sinks", unit=" layers", disable=not progress):
         before.append(weights_of_attention(layers[number]))
@@ -150,12 +161,19 @@ def move_sinks(
             fits += [HeadFit(number, *row) for row in edit.move(base, edited)]
             base, edited = edit.states
             costs.append(edit.cost)
+            silenced += [(number, neuron) for neuron in edit.silenced]
+            before[number] |= edit.loud
     loss_before, loss_after = (_loss(model, states[-judged:], windows[-judged:]) for states in (base, edited))
     undone, most = [], (1 + settings.max_loss) * loss_before
+    if not loss_after <= most and silenced:
+        for layer, weights in zip(layers, before, strict=True):
+            layer.load_state_dict(weights, strict=False)
+        settings = replace(settings, silence=False)
+        return move_sinks(model, windows, settings, sinks=sinks, device=device, progress=progress)
     if not loss_after <= most:
         undone, loss_after = _undo_layers(model, before, costs, windows[-judged:], most)
         fits = [replace(fit, moved=fit.moved and fit.layer not in undone) for fit in fits]
-    return Moved(fits, loss_before, loss_after, undone)
+    return Moved(fits, loss_before, loss_after, undone, silenced)
 
 
 def _undo_layers(
@@ -241,7 +259,8 @@ class _LayerEdit:
     """
     The edit of one layer. `sinks` (B, T) are the tokens that are sinks to it; the last `judged` windows are those that
     nothing is fitted on. Afterwards `states` are those that it puts out as it was, of states as they were, and as it
-    is, of those that the edited layers before it put out; `cost` is what the edit changes, as a share of them.
+    is, of those that the edited layers before it put out; `cost` is what the edit changes, as a share of them, and
+    `silenced` are neurons of its MLP, and `loud` the weights of it with these.
     """
 
     def __init__(self, layer: nn.Module, rotary: tuple, sinks: torch.Tensor, judged: int, settings: MoveSettings):
@@ -249,6 +268,8 @@ class _LayerEdit:
         self.sinks, self.fitted, self.judged = sinks, slice(0, len(sinks) - judged), slice(len(sinks) - judged, None)
         self.groups = self.attention.num_key_value_groups
         self.cost = 0.0
+        self.silenced: list[int] = []
+        self.loud: dict[str, torch.Tensor] = {}
 
     def move(self, base: torch.Tensor, edited: torch.Tensor) -> Iterator[tuple]:
         """Edit the layer, given residual states (B, T, E); yields the fields of `HeadFit` for each head."""
@@ -260,9 +281,9 @@ class _LayerEdit:
         others = ~self.sinks
         sink = 1 - origin.others[others].mean(0)  # (N)
         left, errors, ungated = sink.clone(), torch.zeros_like(sink), torch.zeros_like(sink)
-        firsts = seen.values[self.fitted][self.sinks[self.fitted]]  # (sinks, K, H)
-        value = firsts.mean(0) if len(firsts) else torch.zeros_like(seen.values[0, 0])  # (K, H)
-        sizes = (value.norm(dim=1) / seen.values[others].norm(dim=2).mean(0)).repeat_interleave(self.groups)
+        firsts = origin.values[self.fitted][self.sinks[self.fitted]]  # (sinks, K, H)
+        value = firsts.mean(0) if len(firsts) else torch.zeros_like(origin.values[0, 0])  # (K, H)
+        sizes = (value.norm(dim=1) / origin.values[others].norm(dim=2).mean(0)).repeat_interleave(self.groups)
         good = torch.zeros_like(value[:, 0]).bool()
         chosen = (sink.view(-1, self.groups) >= settings.min_sink).any(1) & bool(len(firsts))  # (K)
         if chosen.any():
@@ -276,7 +297,9 @@ class _LayerEdit:
             shares = torch.sigmoid(now.states @ weight.T + bias)  # (B, T, N·G)
             moved_gated = self.gated(gate.scale * shares, moved)
             errors, ungated = (self.error(found, target, wanted) for found in (moved_gated, moved))
-            good = chosen & (errors.view(-1, self.groups) <= settings.max_error).all(1)
+            # A sink that was silenced is gone whether its head is edited or not.
+            unedited = self.error(outputs, wanted, wanted)
+            good = chosen & (errors <= unedited.clamp_min(settings.max_error)).view(-1, self.groups).all(1)
             heads = good.repeat_interleave(self.groups)
             self.keep(before, good, shift, weight, bias)
             left = torch.where(heads, 1 - now.others[others].mean(0), sink)
@@ -287,7 +310,10 @@ class _LayerEdit:
         if good.any():
             change = (result - out)[self.judged][others[self.judged]].square().sum()
             self.cost = (change / base[self.judged][others[self.judged]].square().sum()).item()
-        self.states = self.feed(base + out), self.feed(edited + result)
+        origin_out = self.feed(base + out)
+        if settings.silence:
+            self.silence(edited + result, origin_out)
+        self.states = origin_out, self.feed(edited + result)
         columns = (sink, left, sizes, errors, ungated, good.repeat_interleave(self.groups))
         return zip(range(len(sink)), *(column.tolist() for column in columns), strict=True)
 
@@ -298,6 +324,17 @@ class _LayerEdit:
             for rows, sinks in zip(states.split(size), self.sinks.split(size), strict=True)
         ]
         return Attended(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Attended)))
+
+    def silence(self, states: torch.Tensor, origin_out: torch.Tensor) -> None:
+        """Silence what makes tokens massive, if any become so: it reads `states`; `origin_out` it makes of others."""
+        length = origin_out.norm(dim=2).median().item()
+        if (origin_out.norm(dim=2) > MASSIVE * length).any():
+            neurons = massive_writers(self.layer, states[self.fitted], length, self.settings.batch_size)
+            self.silenced = neurons.tolist()
+            if self.silenced:
+                weights = self.layer.mlp.up_proj.state_dict()
+                self.loud = {f"mlp.up_proj.{name}": value.clone() for name, value in weights.items()}
+                silence(self.layer, neurons)
 
     def feed(self, states: torch.Tensor) -> torch.Tensor:
         """The layer's MLP."""

@@ -305,7 +305,9 @@ class _Steps:
 
         rid = {head: attention(before, *head) - attention(self.result.after, *head) for head in moved}
         saved = heads.divergence_saved(self.base, moved, progress=self.progress)
-        order = from_main(sorted(moved, key=lambda head: -saved[head] / max(rid[head], LEAST_ATTENTION)))
+        order = sorted(moved, key=lambda head: -saved[head] / max(rid[head], LEAST_ATTENTION))
+        # Where sinks were silenced a head that is given back has none, and costs more.
+        order = from_main([head for head in order if saved[head] >= 0])
 
         def keeps(name: str, most: float) -> bool:
             return from_main(self.windows.loss(self.edited, name) <= most)
