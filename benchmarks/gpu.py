@@ -68,7 +68,7 @@ def steps_of(data: Path, out: Path, rehearse: bool) -> list[Step]:
         speed += ["--device", "cuda"]
         measure += ["--device", "cuda", "--dtype", "bfloat16", "--pairs", "3"]
         sinks += ["--recipes", "moved, gates distilled, healed on text", "trained on text, without gates"]
-        sinks += ["moved, gates distilled, all distilled and calmed"]
+        sinks += ["damped, moved, gates distilled, all distilled and calmed"]
         pretrain += ["--width", "512", "--layers", "10", "--tokens", "5e7", "--rates", "2e-3", "--seeds", "0"]
     tests = ["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "slow" / "check_gpu.py")]
     tests += ["-n", "6"] if find_spec("xdist") and not rehearse else []  # most of them wait for a compiler

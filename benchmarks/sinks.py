@@ -40,7 +40,8 @@ WINDOWS, LENGTH = 32, 256  # of each kind that are judged
 BEFORE = {"rows": 256, "gate_type": "headwise"}  # of the records that do not say so
 
 
-ANY_PRICE = MoveSettings(max_loss=9.0, batch_size=1)  # which is what is asked
+ANY_PRICE = MoveSettings(max_loss=9.0, batch_size=1, damping=1.0)  # which is what is asked
+DAMPED = replace(ANY_PRICE, damping=MoveSettings.damping)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ RECIPES = {
     "moved, 16k tokens": [Move(16_384)],
     "moved": [Move()],
     "moved, gates distilled": [Move(), NOT_CALM],
+    "damped, moved": [Move(settings=DAMPED)],
+    "damped, moved, gates distilled": [Move(settings=DAMPED), NOT_CALM],
     "calmed": [CALM],
     "calmed, without gates": [replace(CALM, settings=replace(CALM.settings, frozen=NO_GATES))],
     "calmed, moved, gates distilled": [CALM, Move(), GATES],
@@ -89,7 +92,7 @@ RECIPES = {
     "calmed, moved, gates distilled, healed on text": [CALM, Move(), GATES, healed_on_text("q_proj", "k_proj")],
     "moved, gates distilled, healed on text": [Move(), NOT_CALM, healed_on_text("q_proj", "k_proj", penalty=0.0)],
     "moved, gates distilled, all distilled": [Move(), NOT_CALM, all_distilled(penalty=0.0)],
-    "moved, gates distilled, all distilled and calmed": [Move(), NOT_CALM, all_distilled()],
+    "damped, moved, gates distilled, all distilled and calmed": [Move(settings=DAMPED), NOT_CALM, all_distilled()],
     "trained on text, without gates": [healed_on_text(*NO_GATES, tokens=4_915_200, penalty=0.0)],
 }
 

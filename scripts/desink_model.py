@@ -2,10 +2,11 @@
 """Move a checkpoint's attention sink into gates; if asked, calm its massive activations.
 
 Each step is measured on held-out text: with --calm-tokens all layers are distilled from the base with a penalty on
-massive states; keys, values and gates are fitted so that no head needs its sink; gates are distilled from the base.
-Last, key heads get back what they were, until the loss rose by no more than --max-loss: on rows like those that were
-fitted on, behind their length in longer texts, and on passages that come back. Where that would take all of them, or
-with --sliding-window, nothing is written instead. `accelerate launch` spreads the training over several processes.
+massive states; keys, values and gates are fitted so that no head needs its sink, and the neurons that make it massive
+are damped; gates are distilled from the base. Last, key heads get back what they were, until the loss rose by no more
+than --max-loss: on short texts, on rows like those that were fitted on, behind their length in longer texts, and on
+passages that come back. Where that would take all of them, or with --sliding-window, nothing is written instead.
+`accelerate launch` spreads the training over several processes.
 """
 
 import argparse

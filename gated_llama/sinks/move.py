@@ -8,8 +8,8 @@ see the sinks, whose values are all shifted by −v₀ (a bias of `v_proj`), whi
 is added (a bias of `o_proj`), computes the same. The key that every query meets at a sink is one and the same, so p₀ is
 largely a function of the query's own hidden state, and that is what the gate reads.
 
-What makes a sink massive is a neuron or two of one MLP, which write next to nothing elsewhere. They are silenced, so
-that behind it the sink is no longer than other tokens, and the gates do what its attention did.
+What makes a sink massive is a neuron or two of one MLP, which write next to nothing elsewhere. They are damped: what is
+left is still told from other tokens, by the key heads whose gates would not fit and which keep their sink.
 """
 
 import warnings
@@ -32,7 +32,7 @@ from gated_llama.inspection.losses import token_losses
 from gated_llama.sinks.budget import undo_fewest, weights_of_attention
 from gated_llama.sinks.judge import losses
 from gated_llama.sinks.layers import Attended, attend, embed, rotary_of, sink_tokens, state_lengths
-from gated_llama.sinks.writers import massive_writers, silence
+from gated_llama.sinks.writers import damp, massive_writers
 
 
 LEAST_GATE = 1e-3  # of its scale that a gate is asked to be; to be shut further would change nothing
@@ -66,17 +66,24 @@ class Moved:
     loss_before: float
     loss_after: float
     undone: list[int]  # layers left as they were because all together would have cost more than they may
-    silenced: list[tuple[int, int]]  # layers and the neurons there that made sinks massive
+    damped: list[tuple[int, int]]  # layers and the neurons there that made sinks massive
 
     def __str__(self) -> str:
         moved = sum(fit.moved for fit in self.heads)
         undone = f"; undone to keep the budget: layers {', '.join(map(str, self.undone))}" if self.undone else ""
-        neurons = ", ".join(f"{neuron} of layer {layer}" for layer, neuron in self.silenced)
-        silenced = f"; silenced what made them massive: neurons {neurons}" if neurons else ""
+        damped = f"; {self.said_of_damped()}" if self.damped else ""
         return (
             f"moved the sinks of {moved} of {len(self.heads)} heads: loss {self.loss_before:.4f} -> "
-            f"{self.loss_after:.4f} ({self.loss_after / self.loss_before - 1:+.2%}){silenced}{undone}"
+            f"{self.loss_after:.4f} ({self.loss_after / self.loss_before - 1:+.2%}){damped}{undone}"
         )
+
+    def said_of_damped(self) -> str:
+        """As "damped neurons 4 and 7 of layer 2, neuron 3 of layer 5", or nothing."""
+        of_layer: dict[int, list[str]] = {}
+        for layer, neuron in self.damped:
+            of_layer.setdefault(layer, []).append(str(neuron))
+        parts = [f"neuron{'s' * (len(which) > 1)} {' and '.join(which)} of layer {n}" for n, which in of_layer.items()]
+        return f"damped {', '.join(parts)}" if parts else ""
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,8 @@ class MoveSettings:
             but a model that keeps them needs its first token in sight (LOG.md).
         max_error: of what a head puts out (see [`HeadFit.error`]); a key head whose query heads change more on windows
             that were not fitted on stays as it was.
-        silence: silence the neurons that make sinks massive (see [`gated_llama.sinks.writers`]). What that costs more
-            than `max_loss` is done without.
+        damping: so many times less is written by the neurons that make sinks massive (see
+            [`gated_llama.sinks.writers`]); 1 leaves them. If the loss rises by more than `max_loss`, they are left.
         values: shift the values by those of the sinks, which takes biases of `v_proj` and `o_proj`.
         outputs: let `o_proj` make good what it can of the rest, by a regression.
         held_out: share of the windows that nothing is fitted on.
@@ -103,7 +110,7 @@ class MoveSettings:
     max_loss: float = 0.1
     min_sink: float = 0.05
     max_error: float = 0.5
-    silence: bool = True
+    damping: float = 32.0
     values: bool = True
     outputs: bool = True
     held_out: float = 0.125
@@ -124,8 +131,9 @@ def move_sinks(
     """
     Edit `model` in place, a layer at a time, each on what the edited ones before it put out: sink tokens no longer
     attract, by a rank-one edit of `k_proj`, and `attn_gate` does what they did, by a regression on what it reads. What
-    is fitted is what the layer put out before anything was edited. It takes no gradient through the model and about
-    three plain forwards of `windows`; key heads without a sink, or whose gates would not fit, compute what they did.
+    is fitted is what the layer put out before anything was edited. Neurons that make sinks massive are damped. Key
+    heads without a sink, or whose gates would not fit, compute what they did; behind damped neurons nearly so. It takes
+    no gradient through the model and about three plain forwards of `windows`.
 
     Args:
         windows: token ids (B, T) without padding, of the texts that the model is for, beginning as these do; many more
@@ -152,7 +160,7 @@ def move_sinks(
     judged = max(1, round(settings.held_out * len(windows)))  # the last windows
     base = embed(model, windows, device)
     edited, rotary = base.clone(), rotary_of(model, base)
-    fits, costs, before, silenced = [], [], [], []
+    fits, costs, before, damped = [], [], [], []
     layers = decoder_layers(model)
     for number in tqdm(range(len(layers)), desc="moving sinks", unit=" layers", disable=not progress):
         before.append(weights_of_attention(layers[number]))
@@ -161,19 +169,19 @@ def move_sinks(
             fits += [HeadFit(number, *row) for row in edit.move(base, edited)]
             base, edited = edit.states
             costs.append(edit.cost)
-            silenced += [(number, neuron) for neuron in edit.silenced]
+            damped += [(number, neuron) for neuron in edit.damped]
             before[number] |= edit.loud
     loss_before, loss_after = (_loss(model, states[-judged:], windows[-judged:]) for states in (base, edited))
     undone, most = [], (1 + settings.max_loss) * loss_before
-    if not loss_after <= most and silenced:
+    if not loss_after <= most and damped:
         for layer, weights in zip(layers, before, strict=True):
             layer.load_state_dict(weights, strict=False)
-        settings = replace(settings, silence=False)
+        settings = replace(settings, damping=1.0)
         return move_sinks(model, windows, settings, sinks=sinks, device=device, progress=progress)
     if not loss_after <= most:
         undone, loss_after = _undo_layers(model, before, costs, windows[-judged:], most)
         fits = [replace(fit, moved=fit.moved and fit.layer not in undone) for fit in fits]
-    return Moved(fits, loss_before, loss_after, undone, silenced)
+    return Moved(fits, loss_before, loss_after, undone, damped)
 
 
 def _undo_layers(
@@ -260,7 +268,7 @@ class _LayerEdit:
     The edit of one layer. `sinks` (B, T) are the tokens that are sinks to it; the last `judged` windows are those that
     nothing is fitted on. Afterwards `states` are those that it puts out as it was, of states as they were, and as it
     is, of those that the edited layers before it put out; `cost` is what the edit changes, as a share of them, and
-    `silenced` are neurons of its MLP, and `loud` the weights of it with these.
+    `damped` are neurons of its MLP, and `loud` the weights of it before.
     """
 
     def __init__(self, layer: nn.Module, rotary: tuple, sinks: torch.Tensor, judged: int, settings: MoveSettings):
@@ -268,8 +276,9 @@ class _LayerEdit:
         self.sinks, self.fitted, self.judged = sinks, slice(0, len(sinks) - judged), slice(len(sinks) - judged, None)
         self.groups = self.attention.num_key_value_groups
         self.cost = 0.0
-        self.silenced: list[int] = []
+        self.damped: list[int] = []
         self.loud: dict[str, torch.Tensor] = {}
+        self.scale = torch.ones_like(layer.input_layernorm.weight)
 
     def move(self, base: torch.Tensor, edited: torch.Tensor) -> Iterator[tuple]:
         """Edit the layer, given residual states (B, T, E); yields the fields of `HeadFit` for each head."""
@@ -288,7 +297,9 @@ class _LayerEdit:
         chosen = (sink.view(-1, self.groups) >= settings.min_sink).any(1) & bool(len(firsts))  # (K)
         if chosen.any():
             before = weights_of_attention(self.layer)
-            self.scale_hidden(seen)
+            is_damped = self.is_damped(base, edited)
+            if not is_damped:
+                self.scale_hidden(seen)
             self.edit_keys(seen, chosen)
             now = self.attend(edited)
             shift = value.repeat_interleave(self.groups, 0) * settings.values  # (N, H)
@@ -297,11 +308,12 @@ class _LayerEdit:
             shares = torch.sigmoid(now.states @ weight.T + bias)  # (B, T, N·G)
             moved_gated = self.gated(gate.scale * shares, moved)
             errors, ungated = (self.error(found, target, wanted) for found in (moved_gated, moved))
-            # A sink that was silenced is gone whether its head is edited or not.
-            unedited = self.error(outputs, wanted, wanted)
-            good = chosen & (errors <= unedited.clamp_min(settings.max_error)).view(-1, self.groups).all(1)
+            good = chosen & (errors.view(-1, self.groups) <= settings.max_error).all(1)
             heads = good.repeat_interleave(self.groups)
             self.keep(before, good, shift, weight, bias)
+            if is_damped and not good[chosen].all():
+                self.read_sinks_as_they_were(origin, seen, chosen & ~good)
+                outputs = self.gated(gate_values(gate, seen.states), self.attend(edited).outputs)
             left = torch.where(heads, 1 - now.others[others].mean(0), sink)
             outputs = torch.where(heads[:, None], moved_gated, outputs)
             if good.any() and settings.outputs:
@@ -311,8 +323,8 @@ class _LayerEdit:
             change = (result - out)[self.judged][others[self.judged]].square().sum()
             self.cost = (change / base[self.judged][others[self.judged]].square().sum()).item()
         origin_out = self.feed(base + out)
-        if settings.silence:
-            self.silence(edited + result, origin_out)
+        if settings.damping != 1:
+            self.damp(edited + result, origin_out)
         self.states = origin_out, self.feed(edited + result)
         columns = (sink, left, sizes, errors, ungated, good.repeat_interleave(self.groups))
         return zip(range(len(sink)), *(column.tolist() for column in columns), strict=True)
@@ -325,16 +337,16 @@ class _LayerEdit:
         ]
         return Attended(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Attended)))
 
-    def silence(self, states: torch.Tensor, origin_out: torch.Tensor) -> None:
-        """Silence what makes tokens massive, if any become so: it reads `states`; `origin_out` it makes of others."""
+    def damp(self, states: torch.Tensor, origin_out: torch.Tensor) -> None:
+        """Damp what makes tokens massive, if any become so: it reads `states`; `origin_out` it makes of others."""
         length = origin_out.norm(dim=2).median().item()
         if (origin_out.norm(dim=2) > MASSIVE * length).any():
             neurons = massive_writers(self.layer, states[self.fitted], length, self.settings.batch_size)
-            self.silenced = neurons.tolist()
-            if self.silenced:
+            self.damped = neurons.tolist()
+            if self.damped:
                 weights = self.layer.mlp.up_proj.state_dict()
                 self.loud = {f"mlp.up_proj.{name}": value.clone() for name, value in weights.items()}
-                silence(self.layer, neurons)
+                damp(self.layer, neurons, self.settings.damping)
 
     def feed(self, states: torch.Tensor) -> torch.Tensor:
         """The layer's MLP."""
@@ -374,7 +386,7 @@ class _LayerEdit:
         states, sinks = seen.states[self.fitted].double(), self.sinks[self.fitted]
         first, rest = states[sinks].mean(0), states[~sinks]
         direction = torch.linalg.solve(_with_ridge(rest.T @ rest / len(rest), self.settings.ridge), first)
-        direction = direction / (direction @ first)  # (E)
+        self.direction = direction = direction / (direction @ first)  # (E)
         key = linear.weight.double() @ first + (0 if linear.bias is None else linear.bias.double())
         key = key.view(-1, self.attention.head_dim)  # (K, H)
         wanted = self.fitted_key(seen, len(key))
@@ -383,6 +395,23 @@ class _LayerEdit:
             wanted = wanted * key.norm(dim=1, keepdim=True) / wanted.norm(dim=1, keepdim=True)
         change = torch.where(chosen[:, None], wanted - key, 0).flatten()
         linear.weight.copy_(linear.weight.double() + torch.outer(change, direction))
+
+    def is_damped(self, base: torch.Tensor, edited: torch.Tensor) -> bool:
+        """Sinks are less than half as long as they were."""
+        return bool(2 * edited[self.sinks].norm(dim=1).mean() < base[self.sinks].norm(dim=1).mean())
+
+    def read_sinks_as_they_were(self, origin: Attended, seen: Attended, chosen: torch.Tensor) -> None:
+        """
+        Let the `chosen` (K) key heads, which need a sink, read what is left of damped ones as these were, so that key
+        and value are too: W + W (x₀ − x)·uᵀ, of the state x₀ that is x now, with u as in [`edit_keys`].
+        """
+        rows = chosen.repeat_interleave(self.attention.head_dim)
+        fitted = self.sinks[self.fitted]
+        was, now = (found.states[self.fitted][fitted].double().mean(0) for found in (origin, seen))  # (E)
+        for linear in (self.attention.k_proj, self.attention.v_proj):
+            weight = linear.weight.double()
+            change = torch.where(rows, weight @ (was - now), 0)
+            linear.weight.copy_(weight + torch.outer(change, self.direction))
 
     @property
     def is_normed(self) -> bool:

@@ -282,13 +282,14 @@ class _Steps:
 
         self.step(name, sum(ids.numel() for ids in batches), work, may_be_undone=True)
 
-    def move(self) -> None:
+    def move(self) -> str:
         self.run.keep_unmoved(self.edited)
         found = move_sinks(self.edited, self.fitted, ANY_PRICE, sinks=sink_tokens(self.lengths), progress=self.progress)
         self.announce(str(found))
         if not self.is_calm and not any(head.moved for head in found.heads):
             raise VerificationError("no head has a sink that is large enough, and fits well enough, to be moved.")
         as_in_main(self.edited)
+        return found.said_of_damped()
 
     def give_back(self, rows: torch.Tensor) -> str:
         """
@@ -306,7 +307,7 @@ class _Steps:
         rid = {head: attention(before, *head) - attention(self.result.after, *head) for head in moved}
         saved = heads.divergence_saved(self.base, moved, progress=self.progress)
         order = sorted(moved, key=lambda head: -saved[head] / max(rid[head], LEAST_ATTENTION))
-        # Where sinks were silenced a head that is given back has none, and costs more.
+        # Where sinks were damped a head that is given back has a weak one, and may cost more.
         order = from_main([head for head in order if saved[head] >= 0])
 
         def keeps(name: str, most: float) -> bool:

@@ -30,9 +30,9 @@ def massive_writers(layer: nn.Module, states: torch.Tensor, length: float, batch
 
 
 @torch.no_grad()
-def silence(layer: nn.Module, neurons: torch.Tensor) -> None:
-    """These put out nothing any more. It is `up_proj` that is edited, so that `down_proj` reads no large number."""
+def damp(layer: nn.Module, neurons: torch.Tensor, times: float) -> None:
+    """These put out so many times less. It is `up_proj` that is edited, so that `down_proj` reads no large number."""
     up = layer.mlp.up_proj
-    up.weight[neurons] = 0
+    up.weight[neurons] /= times
     if up.bias is not None:
-        up.bias[neurons] = 0
+        up.bias[neurons] /= times
