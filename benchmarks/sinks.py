@@ -40,8 +40,8 @@ WINDOWS, LENGTH = 32, 256  # of each kind that are judged
 BEFORE = {"rows": 256, "gate_type": "headwise"}  # of the records that do not say so
 
 
-ANY_PRICE = MoveSettings(max_loss=9.0, batch_size=1, damping=1.0)  # which is what is asked
-DAMPED = replace(ANY_PRICE, damping=MoveSettings.damping)
+ANY_PRICE = MoveSettings(max_loss=9.0, batch_size=1)  # which is what is asked
+DAMPED = replace(ANY_PRICE, damping=32.0)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 """Move a checkpoint's attention sink into gates; if asked, calm its massive activations.
 
 Each step is measured on held-out text: with --calm-tokens all layers are distilled from the base with a penalty on
-massive states; keys, values and gates are fitted so that no head needs its sink, and the neurons that make it massive
-are damped; gates are distilled from the base. Last, key heads get back what they were, until the loss rose by no more
-than --max-loss: on short texts, on rows like those that were fitted on, behind their length in longer texts, and on
-passages that come back. Where that would take all of them, or with --sliding-window, nothing is written instead.
-`accelerate launch` spreads the training over several processes.
+massive states; keys, values and gates are fitted so that no head needs its sink, and with --damping 32 the neurons that
+make it massive write 32 times less, for whoever quantizes; gates are distilled from the base. Last, key heads get back
+what they were, until the loss rose by no more than --max-loss: on short texts, on rows like those that were fitted on,
+behind their length in longer texts, and on passages that come back. Where that would take all of them, or with
+--sliding-window, nothing is written instead. `accelerate launch` spreads the training over several processes.
 """
 
 import argparse
@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calm-only", action="store_true", help="leave the sink: only calm massive activations")
     parser.add_argument("--max-loss", type=share, default=0.01, help="by how much the loss may rise (default: 1%%)")
     parser.add_argument("--calm-tokens", type=int, default=0, help="calm massive activations on so many (default: 0)")
+    parser.add_argument(
+        "--damping", type=float, default=1.0, metavar="TIMES", help="see above (default: 1: not at all)"
+    )
     parser.add_argument("--move-tokens", type=int, default=32_768, help="to move the sink on (default: 32768)")
     parser.add_argument("--heal-tokens", type=int, default=65_536, help="to distil gates on (default: 65536)")
     parser.add_argument("--sliding-window", type=int, metavar="W", help="let the result see the last W tokens only")

@@ -35,6 +35,7 @@ from tiny import gated_model, published, source_model, tiny_tokenizer, token_ids
 TOKENS = 17
 KINDS = 2  # tokens that may stand at each place but a sink's
 EXACT = MoveSettings(ridge=1e-12, max_error=0.05, min_sink=0.1, outputs=False)
+DAMPED = replace(EXACT, damping=32.0)
 ROUGH = replace(EXACT, ridge=0.3, max_error=9.0, outputs=True)  # which leaves `o_proj` something to make good
 VARIANTS = {
     "headwise": {},
@@ -237,7 +238,7 @@ def longest(model) -> float:
 def test_what_makes_sinks_massive_is_damped_and_the_gates_do_what_they_did():
     model = with_a_writer()
     before = copy.deepcopy(model)
-    found = move_sinks(model, windows(), EXACT)
+    found = move_sinks(model, windows(), DAMPED)
     assert found.damped == [(0, 3)] and str(found).endswith("; damped neuron 3 of layer 0")
     several = replace(found, damped=[(2, 4), (2, 7), (5, 3)])
     assert several.said_of_damped() == "damped neurons 4 and 7 of layer 2, neuron 3 of layer 5"
@@ -250,13 +251,13 @@ def test_what_makes_sinks_massive_is_damped_and_the_gates_do_what_they_did():
     alone.model.layers[0].mlp.up_proj.weight[3] /= 32
     expected, found, damped = (each(ids).logits[:, 1:] for each in (before, model, alone))  # not of the sink itself
     assert (damped - expected).abs().max() > 6 * (found - expected).abs().max()  # to damp is not enough
-    assert move_sinks(loud, windows(), replace(EXACT, damping=1.0)).damped == [] and longest(loud) > 80
+    assert move_sinks(loud, windows(), EXACT).damped == [] and longest(loud) > 80
 
 
 @torch.no_grad()
 def test_what_writes_to_other_tokens_too_is_not_damped():
     model = with_a_writer(elsewhere=0.1)
-    assert longest(model) > 80 and move_sinks(model, windows(), EXACT).damped == [] and longest(model) > 80
+    assert longest(model) > 80 and move_sinks(model, windows(), DAMPED).damped == [] and longest(model) > 80
 
 
 @torch.no_grad()
@@ -264,7 +265,7 @@ def test_a_head_that_no_gate_fits_keeps_the_sink_that_was_damped(monkeypatch):
     base, ids, differ = with_a_writer(), windows(count=10), {}
     for name in ("kept", "lost"):
         model = copy.deepcopy(base)
-        found = move_sinks(model, windows(), replace(EXACT, max_error=-1.0))
+        found = move_sinks(model, windows(), replace(DAMPED, max_error=-1.0))
         assert found.damped == [(0, 3)] and not any(fit.moved for fit in found.heads)
         differ[name] = (model(ids).logits - base(ids).logits)[:, 1:].abs().max()
         monkeypatch.setattr(_LayerEdit, "read_sinks_as_they_were", lambda *args: None)
@@ -274,7 +275,7 @@ def test_a_head_that_no_gate_fits_keeps_the_sink_that_was_damped(monkeypatch):
 @torch.no_grad()
 def test_damping_that_costs_too_much_is_done_without():
     model, loud = with_a_writer(), with_a_writer()
-    settings = replace(EXACT, max_loss=-0.9)  # which nothing keeps
+    settings = replace(DAMPED, max_loss=-0.9)  # which nothing keeps
     found = move_sinks(model, windows(), settings)
     assert found == move_sinks(loud, windows(), replace(settings, damping=1.0)) and not found.damped
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loud.parameters(), strict=True))
@@ -596,17 +597,25 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
-def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, capsys):
+def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, capsys, monkeypatch):
     from transformers import AutoModelForCausalLM
 
+    real, asked = recipe.move_sinks, []
+    monkeypatch.setattr(
+        recipe,
+        "move_sinks",
+        lambda model, ids, settings, **kw: asked.append(settings) or real(model, ids, settings, **kw),
+    )
     arguments = [str(plain / "plain"), str(plain / "out"), "--text", str(plain / "text.jsonl"), *SMALL, "--json"]
-    assert main(["desink", *arguments, "--max-loss", "900%"]) == 0
+    assert main(["desink", *arguments, "--max-loss", "900%", "--damping", "4"]) == 0
+    assert asked == [MoveSettings(max_loss=float("inf"), damping=4.0)]
     result = json.loads(capsys.readouterr().out)
     assert [step["name"] for step in result["steps"]] == ["calmed", "moved", "healed"]
     model = AutoModelForCausalLM.from_pretrained(plain / "out", dtype="auto")
     assert model.dtype == torch.bfloat16 and model.config.attention_out_bias and model.config.gate_bias
     card = (plain / "out" / "README.md").read_text()
-    assert "gated-llama desink plain out --text text.jsonl" in card and "| moved | 2,048 |" in card
+    assert "gated-llama desink plain out --text text.jsonl" in card and "--damping 4.0" in card
+    assert "| moved | 2,048 |" in card
     assert str(plain) not in card
     assert not list(plain.glob(".*")) and not (plain / "out" / ".gated").exists()
     assert {"index.html", "measurements.json", "sinks-1.png"} <= {
@@ -905,6 +914,7 @@ def test_the_command_refuses_in_a_sentence(plain, capsys):
         ([str(plain / "text.jsonl"), "--length", "128", "--device", "nowhere"], "put on the device 'nowhere'"),
         ([str(plain / "text.jsonl"), "--length", "100"], "length must be at least 128"),
         ([str(plain / "text.jsonl"), "--move-tokens", "100"], "at least two rows"),
+        ([str(plain / "text.jsonl"), "--damping", "0"], "damping must be 1 or more, not 0.0"),
     ):
         if said:
             assert main(["desink", str(plain / "plain"), str(plain / "no"), "--quiet", "--text", *arguments]) == 2

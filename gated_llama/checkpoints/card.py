@@ -252,6 +252,7 @@ def desinking_card(result, source: Source, config: GatedLlamaConfig, asked: dict
     options = (
         "max_loss",
         "calm_tokens",
+        "damping",
         "move_tokens",
         "heal_tokens",
         "sliding_window",

@@ -8,8 +8,8 @@ see the sinks, whose values are all shifted by −v₀ (a bias of `v_proj`), whi
 is added (a bias of `o_proj`), computes the same. The key that every query meets at a sink is one and the same, so p₀ is
 largely a function of the query's own hidden state, and that is what the gate reads.
 
-What makes a sink massive is a neuron or two of one MLP, which write next to nothing elsewhere. They are damped: what is
-left is still told from other tokens, by the key heads whose gates would not fit and which keep their sink.
+What makes a sink massive is a neuron or two of one MLP, which write next to nothing elsewhere. If asked for they are
+damped: what is left is still told from other tokens, by the key heads whose gates would not fit and which keep it.
 """
 
 import warnings
@@ -97,8 +97,8 @@ class MoveSettings:
             but a model that keeps them needs its first token in sight (LOG.md).
         max_error: of what a head puts out (see [`HeadFit.error`]); a key head whose query heads change more on windows
             that were not fitted on stays as it was.
-        damping: so many times less is written by the neurons that make sinks massive (see
-            [`gated_llama.sinks.writers`]); 1 leaves them. If the loss rises by more than `max_loss`, they are left.
+        damping: the neurons that make sinks massive write so many times less (see [`gated_llama.sinks.writers`]); 32
+            was tried. If the loss rises by more than `max_loss`, they are left as they were.
         values: shift the values by those of the sinks, which takes biases of `v_proj` and `o_proj`.
         outputs: let `o_proj` make good what it can of the rest, by a regression.
         held_out: share of the windows that nothing is fitted on.
@@ -110,7 +110,7 @@ class MoveSettings:
     max_loss: float = 0.1
     min_sink: float = 0.05
     max_error: float = 0.5
-    damping: float = 32.0
+    damping: float = 1.0
     values: bool = True
     outputs: bool = True
     held_out: float = 0.125
@@ -131,9 +131,9 @@ def move_sinks(
     """
     Edit `model` in place, a layer at a time, each on what the edited ones before it put out: sink tokens no longer
     attract, by a rank-one edit of `k_proj`, and `attn_gate` does what they did, by a regression on what it reads. What
-    is fitted is what the layer put out before anything was edited. Neurons that make sinks massive are damped. Key
-    heads without a sink, or whose gates would not fit, compute what they did; behind damped neurons nearly so. It takes
-    no gradient through the model and about three plain forwards of `windows`.
+    is fitted is what the layer put out before anything was edited. Key heads without a sink, or whose gates would not
+    fit, compute what they did, or nearly so where `damping` is more than 1. It takes no gradient through the model and
+    about three plain forwards of `windows`.
 
     Args:
         windows: token ids (B, T) without padding, of the texts that the model is for, beginning as these do; many more

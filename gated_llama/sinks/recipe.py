@@ -284,7 +284,8 @@ class _Steps:
 
     def move(self) -> str:
         self.run.keep_unmoved(self.edited)
-        found = move_sinks(self.edited, self.fitted, ANY_PRICE, sinks=sink_tokens(self.lengths), progress=self.progress)
+        asked = replace(ANY_PRICE, damping=self.settings.damping)
+        found = move_sinks(self.edited, self.fitted, asked, sinks=sink_tokens(self.lengths), progress=self.progress)
         self.announce(str(found))
         if not self.is_calm and not any(head.moved for head in found.heads):
             raise VerificationError("no head has a sink that is large enough, and fits well enough, to be moved.")

@@ -20,6 +20,8 @@ class DesinkSettings:
         max_loss: the share by which the loss on held-out text may rise.
         calm_tokens: on which all layers are distilled from the base, with a penalty on massive states; 0 leaves these
             as they are, since on two cores calming cost long texts more than it may (docs/sinks.md).
+        damping: the neurons that make sinks massive write so many times less, for whoever quantizes; 1 leaves them,
+            since it costs some loss (docs/sinks.md).
         move_tokens: on which keys, values and gates are fitted in closed form.
         heal_tokens: on which the gates are distilled from the base afterwards; or 0.
         sliding_window: let every layer of the result see so many tokens only, for streams in constant memory; None
@@ -34,6 +36,7 @@ class DesinkSettings:
     calm_only: bool = False
     max_loss: float = 0.01
     calm_tokens: int = 0
+    damping: float = 1.0
     move_tokens: int = 32_768
     heal_tokens: int = 65_536
     sliding_window: int | None = None
@@ -64,6 +67,8 @@ class DesinkSettings:
             raise UserError(f"move_tokens must be at least two rows, {2 * self.length}, not {self.move_tokens}.")
         if not self.max_loss >= 0 or self.heal_tokens < 0 or self.calm_tokens < 0:
             raise UserError("max_loss, calm_tokens and heal_tokens must not be negative.")
+        if not self.damping >= 1:
+            raise UserError(f"damping must be 1 or more, not {self.damping}.")
         if self.calm_only and not self.calm_tokens:
             raise UserError("calm_only with calm_tokens 0 leaves nothing to do: give calm_tokens.")
         if self.sliding_window is not None and self.calm_only:
