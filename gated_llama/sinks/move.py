@@ -338,7 +338,10 @@ class _LayerEdit:
         return Attended(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Attended)))
 
     def damp(self, states: torch.Tensor, origin_out: torch.Tensor) -> None:
-        """Damp what makes tokens massive, if any become so: it reads `states`; `origin_out` it makes of others."""
+        """
+        Damp the neurons that make tokens massive, if any become so. The MLP reads `states`, and `origin_out` is what
+        the layer put out before anything was edited.
+        """
         length = origin_out.norm(dim=2).median().item()
         if (origin_out.norm(dim=2) > MASSIVE * length).any():
             neurons = massive_writers(self.layer, states[self.fitted], length, self.settings.batch_size)
