@@ -61,6 +61,19 @@ def sinks_of(ids: torch.Tensor, layers: int = 1) -> torch.Tensor:
     return (ids == 0).expand(layers, -1, -1)
 
 
+def telling(states: torch.Tensor, is_sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Their products with a state are 1 if it is the sink's, and 1 if it is another's; else 0."""
+    return (torch.linalg.pinv(states) @ torch.stack([is_sink, ~is_sink], dim=1).double()).unbind(1)
+
+
+def attract(attention, queries: torch.Tensor, keys: torch.Tensor, attraction: float = 1.5) -> None:
+    """What `queries` tells asks, in every head, for what `keys` tells."""
+    key = torch.zeros(attention.head_dim).double()
+    key[attention.head_dim // 2 - 1] = attraction * attention.head_dim**0.25  # a slow channel, which hardly rotates
+    attention.q_proj.weight += torch.outer(key.repeat(attention.config.num_attention_heads), queries)
+    attention.k_proj.weight.copy_(torch.outer(key.repeat(attention.config.num_key_value_heads), keys))
+
+
 @torch.no_grad()
 def with_sinks(attraction: float = 1.5, hidden: bool = False, **fields) -> GatedLlamaForCausalLM:
     """
@@ -77,13 +90,8 @@ def with_sinks(attraction: float = 1.5, hidden: bool = False, **fields) -> Gated
         layer.input_layernorm.weight[0] = 1e-4
     states = layer.input_layernorm(model.model.embed_tokens.weight)  # (V, E)
     is_sink = torch.arange(len(states)) == 0
-    # Their products with a state are 1 if it is the sink's, and 1 if it is another's; else 0.
-    sink, other = (torch.linalg.pinv(states) @ torch.stack([is_sink, ~is_sink], dim=1).double()).unbind(1)
-    attract = torch.zeros(attention.head_dim).double()
-    attract[attention.head_dim // 2 - 1] = attraction * attention.head_dim**0.25  # a slow channel, which hardly rotates
-    attention.q_proj.weight += torch.outer(attract.repeat(attention.config.num_attention_heads), other)
-    keys = attract.repeat(attention.config.num_key_value_heads)
-    attention.k_proj.weight.copy_(torch.outer(-keys, other) if hidden else torch.outer(keys, sink))
+    sink, other = telling(states, is_sink)
+    attract(attention, other, -other if hidden else sink, attraction)
     return model
 
 
@@ -219,12 +227,8 @@ def with_a_writer(elsewhere: float = 0.0, **fields) -> GatedLlamaForCausalLM:
     mlp.gate_proj.weight[3] = 30 * tells.sum(1)  # silu(30) is 30, and so it is for every token
     mlp.up_proj.weight[3] = tells @ (is_sink * 10 + (1 - is_sink) * elsewhere / 60)
     states = second.input_layernorm(embedded + mlp(norm(embedded)))
-    attention = second.self_attn
-    sink, other = (torch.linalg.pinv(states) @ torch.stack([is_sink, 1 - is_sink], dim=1)).unbind(1)
-    attract = torch.zeros(attention.head_dim).double()
-    attract[attention.head_dim // 2 - 1] = 1.5 * attention.head_dim**0.25
-    attention.q_proj.weight += torch.outer(attract.repeat(attention.config.num_attention_heads), other)
-    attention.k_proj.weight.copy_(torch.outer(attract.repeat(attention.config.num_key_value_heads), sink))
+    sink, other = telling(states, is_sink == 1)
+    attract(second.self_attn, other, sink)
     return model
 
 

@@ -70,7 +70,7 @@ class KeyHeads:
 
     def said(self, heads: Iterable[Head]) -> str:
         """As "layer 2, layer 18 (key head 1)": a layer alone is all of its key heads."""
-        of_layer = _by_layer(heads)
+        of_layer = by_layer(heads)
         each = {number: ", ".join(map(str, sorted(of_layer[number]))) for number in sorted(of_layer)}
         is_all = {number: len(of_layer[number]) == self.model.config.num_key_value_heads for number in each}
         return "; ".join(f"layer {number}" + ("" if is_all[number] else f" ({each[number]})") for number in each)
@@ -78,7 +78,7 @@ class KeyHeads:
     @torch.no_grad()
     def give_back(self, heads: Iterable[Head]) -> None:
         """These are what they were before; all others are as they were made."""
-        of_layer = _by_layer(heads)
+        of_layer = by_layer(heads)
         for number, layer in enumerate(self.layers):
             layer.load_state_dict(self._weights(number, of_layer.get(number, set())), strict=False)
 
@@ -125,7 +125,8 @@ class KeyHeads:
         return saved
 
 
-def _by_layer(heads: Iterable[Head]) -> dict[int, set[int]]:
+def by_layer(heads: Iterable[Head]) -> dict[int, set[int]]:
+    """Pairs of a layer and a number in it, as the numbers of each layer."""
     found: dict[int, set[int]] = {}
     for number, head in heads:
         found.setdefault(number, set()).add(head)

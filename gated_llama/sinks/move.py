@@ -31,6 +31,7 @@ from gated_llama.inspection.collectors import MASSIVE
 from gated_llama.inspection.losses import token_losses
 from gated_llama.sinks.budget import undo_fewest, weights_of_attention
 from gated_llama.sinks.judge import losses
+from gated_llama.sinks.key_heads import by_layer
 from gated_llama.sinks.layers import Attended, attend, embed, rotary_of, sink_tokens, state_lengths
 from gated_llama.sinks.writers import damp, massive_writers
 
@@ -79,10 +80,10 @@ class Moved:
 
     def said_of_damped(self) -> str:
         """As "damped neurons 4 and 7 of layer 2, neuron 3 of layer 5", or nothing."""
-        of_layer: dict[int, list[str]] = {}
-        for layer, neuron in self.damped:
-            of_layer.setdefault(layer, []).append(str(neuron))
-        parts = [f"neuron{'s' * (len(which) > 1)} {' and '.join(which)} of layer {n}" for n, which in of_layer.items()]
+        parts = [
+            f"neuron{'s' * (len(neurons) > 1)} {' and '.join(map(str, sorted(neurons)))} of layer {layer}"
+            for layer, neurons in by_layer(self.damped).items()
+        ]
         return f"damped {', '.join(parts)}" if parts else ""
 
 
@@ -146,11 +147,9 @@ def move_sinks(
         UserError: the model's gates cannot be written, its layers cannot be edited, or no token is a sink.
     """
     settings = settings or MoveSettings()
-    _check(model, windows)
-    model.eval()
     device = torch.device(device or model.device)
-    if device.type == "mps":
-        raise UserError("regressions take fp64, which Apple's GPUs do not have: give device='cpu'.")
+    _check(model, windows, device)
+    model.eval()
     if sinks is None:
         sinks = sink_tokens(state_lengths(model, windows, batch_size=settings.batch_size, progress=progress))
     sinks = sinks.to(device)
@@ -215,7 +214,9 @@ def add_biases(model: PreTrainedModel, *, attention: bool = True) -> None:
         model.config.attention_bias = model.config.attention_out_bias = True
 
 
-def _check(model: PreTrainedModel, windows: torch.Tensor) -> None:
+def _check(model: PreTrainedModel, windows: torch.Tensor, device: torch.device) -> None:
+    if device.type == "mps":
+        raise UserError("regressions take fp64, which Apple's GPUs do not have: give device='cpu'.")
     if any(map(has_experts, decoder_layers(model))):
         raise UserError("the sinks of mixtures of experts are not moved: no such model was tried.")
     if model.config.model_type != GatedLlamaConfig.model_type:
@@ -342,8 +343,9 @@ class _LayerEdit:
         Damp the neurons that make tokens massive, if any become so. The MLP reads `states`, and `origin_out` is what
         the layer put out before anything was edited.
         """
-        length = origin_out.norm(dim=2).median().item()
-        if (origin_out.norm(dim=2) > MASSIVE * length).any():
+        lengths = origin_out.norm(dim=2)
+        length = lengths.median().item()
+        if (lengths > MASSIVE * length).any():
             neurons = massive_writers(self.layer, states[self.fitted], length, self.settings.batch_size)
             self.damped = neurons.tolist()
             if self.damped:
@@ -400,8 +402,9 @@ class _LayerEdit:
         linear.weight.copy_(linear.weight.double() + torch.outer(change, direction))
 
     def is_damped(self, base: torch.Tensor, edited: torch.Tensor) -> bool:
-        """Sinks are less than half as long as they were."""
-        return bool(2 * edited[self.sinks].norm(dim=1).mean() < base[self.sinks].norm(dim=1).mean())
+        """Damped neurons made sinks less than half as long as they were."""
+        now, before = (states[self.sinks].norm(dim=1).mean() for states in (edited, base))
+        return self.settings.damping != 1 and bool(2 * now < before)
 
     def read_sinks_as_they_were(self, origin: Attended, seen: Attended, chosen: torch.Tensor) -> None:
         """

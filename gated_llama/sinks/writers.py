@@ -11,7 +11,7 @@ ELSEWHERE = 0.02  # of the length of a state: what such a neuron may write to ot
 
 
 @torch.no_grad()
-def massive_writers(layer: nn.Module, states: torch.Tensor, length: float, batch_size: int = 8) -> torch.Tensor:
+def massive_writers(layer: nn.Module, states: torch.Tensor, length: float, batch_size: int) -> torch.Tensor:
     """
     Which neurons of the layer's MLP write to some token more than `MASSIVE` times `length`, and next to nothing to
     others: their numbers. `states` (B, T, E) are residual, in front of the MLP's norm; `length` is the median of those
