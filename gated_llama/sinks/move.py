@@ -146,8 +146,7 @@ def move_sinks(
     Raises:
         UserError: the model's gates cannot be written, its layers cannot be edited, or no token is a sink.
     """
-    settings = settings or MoveSettings()
-    device = torch.device(device or model.device)
+    settings, device = settings or MoveSettings(), torch.device(device or model.device)
     _check(model, windows, device)
     model.eval()
     if sinks is None:
@@ -175,8 +174,8 @@ def move_sinks(
     if not loss_after <= most and damped:
         for layer, weights in zip(layers, before, strict=True):
             layer.load_state_dict(weights, strict=False)
-        settings = replace(settings, damping=1.0)
-        return move_sinks(model, windows, settings, sinks=sinks, device=device, progress=progress)
+        loud = replace(settings, damping=1.0)
+        return move_sinks(model, windows, loud, sinks=sinks, device=device, progress=progress)
     if not loss_after <= most:
         undone, loss_after = _undo_layers(model, before, costs, windows[-judged:], most)
         fits = [replace(fit, moved=fit.moved and fit.layer not in undone) for fit in fits]
