@@ -23,7 +23,8 @@ from transformers import DynamicCache
 from gated_llama import convert_checkpoint
 from gated_llama.data import cut_windows
 from gated_llama.loading import load
-from gated_llama.sinks.judge import last_tokens, losses
+from gated_llama.sinks.judge import losses
+from gated_llama.sinks.stream import last_tokens
 from measured import RESULTS, circumstances, digest, keep_record, read_records, write_table
 
 
@@ -42,8 +43,8 @@ def short_window(model, rows: torch.Tensor) -> dict[str, float]:
     """
     full = losses(model, rows, 1)[:, WINDOW:]
     found = {"loss of 4,096 tokens": full.mean().item()}
-    for name, and_first in (("cost of the last 256", False), ("… and the first", True)):
-        seen = last_tokens(rows.shape[1], WINDOW, and_first=and_first)
+    for first, name in enumerate(("cost of the last 256", "… and the first")):
+        seen = last_tokens(rows.shape[1], WINDOW, first)
         found[name] = (losses(model, rows, 1, seen)[:, WINDOW:] - full).mean().item()
     own = model.config.gate_strength
     model.set_gate_strength(0.0)

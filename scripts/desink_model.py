@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json and first:
         print(result.to_json())
     elif first and not args.quiet:
-        rows = [("", "before", "after"), *result.rows()]
+        rows = [("", *result.columns), *result.rows()]
         wide = [max(len(row[column]) for row in rows) for column in range(3)]
         for name, *values in rows:
             print(f"{name:<{wide[0]}}  {values[0]:>{wide[1]}}  {values[1]:>{wide[2]}}")

@@ -24,10 +24,11 @@ from gated_llama.scripts.cli import main
 from gated_llama.sinks import recipe
 from gated_llama.sinks.budget import undo_fewest, weights_of_attention
 from gated_llama.sinks.distil import DistilSettings, distil
-from gated_llama.sinks.judge import judge, last_tokens, losses
+from gated_llama.sinks.judge import judge, losses
 from gated_llama.sinks.key_heads import KeyHeads
 from gated_llama.sinks.layers import Lengths, attend, rotary_of, sink_tokens, state_lengths
 from gated_llama.sinks.move import MoveSettings, _LayerEdit, add_biases, move_sinks
+from gated_llama.sinks.stream import keeping_first, last_tokens, let_slide
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import gated_model, published, source_model, tiny_tokenizer, token_ids
 
@@ -413,6 +414,36 @@ def test_sliding_windows_depth_and_dtypes():
         assert model.config.attention_bias and model.config.attention_out_bias and model.config.gate_bias
 
 
+@pytest.mark.parametrize("variant", ["headwise", "elementwise", "QK norm"])
+@torch.no_grad()
+def test_what_slides_computes_what_its_base_did_that_saw_its_first_token(variant):
+    base, ids, seen = with_sinks(**VARIANTS[variant]), windows(count=10), last_tokens(TOKENS, 5, 1)
+    expected, behind, missed = losses(base, ids, seen=seen), slice(5, None), []
+    for first in (1, 0):  # what is fitted to a base that lost its sink has nothing to make good
+        model = copy.deepcopy(base)
+        let_slide(model, 5)
+        found = moved(model, settings=replace(EXACT, max_error=float("inf"), first=first))
+        assert all(fit.moved for fit in found.heads)
+        missed.append((losses(model, ids) - expected)[:, behind].abs().mean().item())
+    assert missed[0] < 2e-3 and missed[1] > 100 * missed[0]
+
+
+@pytest.mark.parametrize("own_window", [None, 9])
+@torch.no_grad()
+def test_a_base_that_keeps_its_first_tokens(own_window):
+    model, ids = gated_model(GatedLlamaForCausalLM, sliding_window=own_window), token_ids(2, TOKENS)
+    seen, shares = last_tokens(TOKENS, 6, 4), []
+    expected, usual = losses(model, ids, seen=seen), losses(model, ids)
+    with keeping_first(model, 6):
+        assert torch.equal(losses(model, ids), expected) and not torch.equal(expected, usual)
+        assert torch.equal(losses(model, ids, seen=last_tokens(TOKENS, own_window or TOKENS)), usual)  # asked otherwise
+        if own_window is None:
+            with capture_attention(model, lambda layer, start, begin, weights, output: shares.append(weights)):
+                torch.testing.assert_close(losses(model, ids), expected, rtol=0, atol=1e-5)
+            assert all(torch.equal(found != 0, seen.expand_as(found)) for found in shares) and len(shares) == 3
+    assert torch.equal(losses(model, ids), usual)
+
+
 def test_what_cannot_be_done_is_said():
     ids = token_ids()
     with pytest.raises(UserError, match="convert it first"):
@@ -544,14 +575,14 @@ def losses_of(weights: dict, ids: torch.Tensor) -> torch.Tensor:
 
 def test_last_tokens_and_the_first():
     assert last_tokens(4, 2).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    assert last_tokens(4, 2, and_first=True).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+    assert last_tokens(4, 2, 1).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
 
 
 @torch.no_grad()
 # fp32 against fp64: logits up to 7, and up to 175, in whose last place alone are 1.5e-5 (1.2e-6 and 5.6e-5 here).
 @pytest.mark.parametrize(("scale", "atol"), [(1.0, 2e-6), (5.0, 1e-4)], ids=["usual", "sinks far above the others"])
-@pytest.mark.parametrize("window", [None, 6])
-def test_attention_around_sinks_is_the_plain_one(window, scale, atol):
+@pytest.mark.parametrize(("window", "first"), [(None, 0), (6, 0), (6, 2)])
+def test_attention_around_sinks_is_the_plain_one(window, first, scale, atol):
     model = gated_model(GatedLlamaForCausalLM, sliding_window=window)
     layer = model.model.layers[1]
     layer.input_layernorm.weight.mul_(scale)
@@ -559,7 +590,7 @@ def test_attention_around_sinks_is_the_plain_one(window, scale, atol):
     sinks = torch.zeros(2, TOKENS, dtype=torch.bool)
     sinks[:, 0] = sinks[1, 5] = True
     rotary = rotary_of(model, states)
-    found = attend(layer, states, rotary, sinks)
+    found = attend(layer, states, rotary, sinks, first)
     layer.double()
     attention, read = layer.self_attn, layer.input_layernorm(states.double())
     queries, keys, values = (
@@ -568,7 +599,7 @@ def test_attention_around_sinks_is_the_plain_one(window, scale, atol):
     )
     queries, keys = apply_rotary_pos_emb(queries, keys, *(table.double() for table in rotary))
     keys, values = (x.repeat_interleave(3, 1) for x in (keys, values))
-    seen = last_tokens(TOKENS, window or TOKENS)
+    seen = last_tokens(TOKENS, window or TOKENS, first)
     logits = (queries @ keys.mT / 6**0.5).masked_fill(~seen, float("-inf"))
     of_others = logits.masked_fill(sinks[:, None, None], float("-inf")).logsumexp(3)
     weights = logits.softmax(3)
@@ -632,6 +663,8 @@ def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, 
     assert sliding.config.attention_types == ["sliding_attention"] * 3
     logits = [each(ids).logits for each in (model, sliding)]
     assert torch.equal(logits[0][:, :8], logits[1][:, :8]) and not torch.equal(logits[0][:, 8:], logits[1][:, 8:])
+    let_slide(model, 8)
+    assert torch.equal(model(ids).logits, logits[1]) and model.config.to_dict() == sliding.config.to_dict()
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
@@ -643,7 +676,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(plain, capsys, monkeypat
     weights = load_file(whole / "model.safetensors")
     config = json.loads((whole / "config.json").read_text())
     assert config["sliding_window"] == 64 and "layer_types" not in config
-    assert "seeing the last 64 only" in (whole / "README.md").read_text()
+    card = (whole / "README.md").read_text()
+    assert "| | before: last 64 tokens, first 4 | after: last 64 tokens |" in card
+    assert "… where the last 64 tokens alone are" in card and "--length 128" in card
 
     assert main(["desink", str(plain / "plain"), str(stopped), *arguments, "--resume"]) == 2
     assert "holds no run to resume" in capsys.readouterr().err
@@ -930,3 +965,4 @@ def test_rows_are_as_long_as_suits_the_model():
     lengths = {longest: DesinkSettings().suited_to(longest).length for longest in (2_048, 8_192, 131_072)}
     assert lengths == {2_048: 1_024, 8_192: 4_096, 131_072: 4_096}
     assert DesinkSettings(length=256).suited_to(131_072).length == 256
+    assert DesinkSettings(sliding_window=256).suited_to(131_072).length == 1_024

@@ -55,7 +55,7 @@ def capture_attention(model: PreTrainedModel, callback: AttentionCallback) -> It
 
 
 def _padding_mask(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-    """The mask as it was given, (B, T): what it means for each query is found block by block."""
+    """The mask as it was given, (B, T) or (B, 1, T, T): what it means for each query is found block by block."""
     return attention_mask
 
 
@@ -95,7 +95,9 @@ def _attention(
         distance = places[start:stop, None] - places[None, hidden_from:stop]  # (b, keys)
         seen = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
         if attention_mask is not None:
-            seen = seen & attention_mask[:, None, None, first:stop].bool()
+            is_whole = attention_mask.ndim == 4
+            given = attention_mask[:, :, start:stop] if is_whole else attention_mask[:, None, None]
+            seen = seen & given[..., first:stop].bool()
         # To add takes a third as long as to fill.
         logits[..., hidden_from - first :] += logits.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
         weights = logits.softmax(-1)  # which computes in fp32

@@ -16,6 +16,7 @@ from gated_llama.inspection.attention import capture_attention, decoder_layers, 
 from gated_llama.inspection.collectors import SINK_SHARE
 from gated_llama.inspection.losses import last_states, token_losses
 from gated_llama.inspection.quantization import QUANTIZATIONS, quantized
+from gated_llama.sinks.stream import last_tokens
 
 
 LATER = 64  # queries from here on count: the earlier have few keys to look at; and how many a short window sees
@@ -52,13 +53,6 @@ def losses(
         mask = None if seen is None else seen.to(model.device).expand(len(rows), 1, -1, -1)
         found.append(token_losses(model, last_states(model, rows, mask), rows))
     return torch.cat(found)
-
-
-def last_tokens(length: int, size: int, *, and_first: bool = False) -> torch.Tensor:
-    """The keys that queries see, (T, T): the last `size`, and the first token if asked for."""
-    places = torch.arange(length)
-    distance = places[:, None] - places
-    return (distance >= 0) & ((distance < size) | (and_first & (places == 0)))
 
 
 @torch.no_grad()
@@ -120,8 +114,8 @@ def judge(
     full, attention_and_states = _attention_and_states(model, windows, batch_size)
     loss, costs = full.mean().item(), []
     penalties = quantization_costs(model, windows, calibration, quantizations, batch_size=batch_size, loss=loss)
-    for and_first in (False, True):
-        seen = last_tokens(windows.shape[1], LATER, and_first=and_first)
+    for first in (0, 1):
+        seen = last_tokens(windows.shape[1], LATER, first)
         costs.append((losses(model, windows, batch_size, seen) - full)[:, LATER:].mean().item())
     return Judgement(loss, *attention_and_states, penalties, *costs)
 

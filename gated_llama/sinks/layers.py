@@ -34,8 +34,13 @@ class Attended:
     outputs: torch.Tensor  # (B, T, N, H)
 
 
-def attend(layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, ...], sinks: torch.Tensor) -> Attended:
-    """Attention of `layer` on residual `states` (B, T, E), with `rotary` the cosines and sines (1, T, H)."""
+def attend(
+    layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, ...], sinks: torch.Tensor, first: int = 0
+) -> Attended:
+    """
+    Attention of `layer` on residual `states` (B, T, E), with `rotary` the cosines and sines (1, T, H). If it slides,
+    so many `first` tokens are seen even so.
+    """
     attention = layer.self_attn
     states = layer.input_layernorm(states)
     shape = (*states.shape[:2], -1, attention.head_dim)
@@ -57,7 +62,7 @@ def attend(layer: nn.Module, states: torch.Tensor, rotary: tuple[torch.Tensor, .
     for block in places.split(max(1, BLOCK // (batch * heads * tokens))):
         end = block[-1] + 1  # of the keys that it sees
         distance = block[:, None] - places[:end]
-        unseen = (distance < 0) | (distance >= (window or tokens))  # (b, S)
+        unseen = (distance < 0) | ((distance >= (window or tokens)) & (places[:end] >= first))  # (b, S)
         scores = (scaled[:, :, block] @ keys[..., :end]).masked_fill_(unseen, float("-inf"))
         largest = scores.amax(3, keepdim=True)  # (B, N, b, 1)
         sums, total, rest = (scores.sub_(largest).exp_() @ summed[:, :, :end]).split([values.shape[3], 1, 1], 3)

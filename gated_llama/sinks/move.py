@@ -105,6 +105,8 @@ class MoveSettings:
         held_out: share of the windows that nothing is fitted on.
         ridge: of all regressions, as a share of the inputs' mean square. The smaller, the less other keys change, and
             the larger the weights that the edit writes.
+        first: of layers that slide, so many first tokens are seen by what is reproduced, and not by what is made: as
+            StreamingLLM reads a stream, and a model that needs no sink (see [`gated_llama.sinks.stream`]).
         batch_size: windows at once.
     """
 
@@ -116,6 +118,7 @@ class MoveSettings:
     outputs: bool = True
     held_out: float = 0.125
     ridge: float = 1e-3
+    first: int = 0
     batch_size: int = 8
 
 
@@ -283,7 +286,7 @@ class _LayerEdit:
     def move(self, base: torch.Tensor, edited: torch.Tensor) -> Iterator[tuple]:
         """Edit the layer, given residual states (B, T, E); yields the fields of `HeadFit` for each head."""
         attention, gate, settings = self.attention, self.attention.attn_gate, self.settings
-        origin, seen = self.attend(base), self.attend(edited)
+        origin, seen = self.attend(base, settings.first), self.attend(edited)
         wanted = self.gated(gate_values(gate, origin.states), origin.outputs)  # (B, T, N, H)
         out = attention.o_proj(wanted.flatten(2))
         outputs = self.gated(gate_values(gate, seen.states), seen.outputs)
@@ -329,10 +332,10 @@ class _LayerEdit:
         columns = (sink, left, sizes, errors, ungated, good.repeat_interleave(self.groups))
         return zip(range(len(sink)), *(column.tolist() for column in columns), strict=True)
 
-    def attend(self, states: torch.Tensor) -> Attended:
+    def attend(self, states: torch.Tensor, first: int = 0) -> Attended:
         size = self.settings.batch_size
         parts = [
-            attend(self.layer, rows, self.rotary, sinks)
+            attend(self.layer, rows, self.rotary, sinks, first)
             for rows, sinks in zip(states.split(size), self.sinks.split(size), strict=True)
         ]
         return Attended(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Attended)))

@@ -7,7 +7,7 @@ the base; each step measured on text that it has not seen, and nothing kept that
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -44,7 +44,8 @@ from gated_llama.sinks.key_heads import KeyHeads
 from gated_llama.sinks.layers import sink_tokens, state_lengths
 from gated_llama.sinks.move import MoveSettings, add_biases, move_sinks
 from gated_llama.sinks.result import DesinkResult, Step
-from gated_llama.sinks.settings import DesinkSettings
+from gated_llama.sinks.settings import SLIDING_ROWS, DesinkSettings
+from gated_llama.sinks.stream import FIRST, keeping_first, let_slide
 from gated_llama.sinks.unfinished import Unfinished, as_in_main, from_main
 from gated_llama.sinks.windows import Windows
 from gated_llama.training.trainer import has_accelerator
@@ -109,25 +110,25 @@ def desink_checkpoint(
         dtype = read_gated_config(checkpoint.config, str(run.gated)).dtype or torch.float32
         windows = Windows(tokenizer, text, settings, base.config.max_position_embeddings, progress and main)
         add_biases(edited)
+        if window := settings.sliding_window:
+            let_slide(edited, window)
         set_seed(settings.seed)
 
-        result = run.go_on(edited)
-        if result is None:
-            before = from_main(windows.judge(base))
-            result = DesinkResult(str(output), found.name, found.revision, str(windows), before, [])
-            run.keep(edited, result)
-        announce(f"{found.name}, on {windows}: loss {result.before.loss:.4f}, sink rate {result.before.sink_rate:.1%}")
-        _Steps(base, edited, dtype, windows, settings, result, run, progress and main, announce).take()
-        _refuse_if_nothing_held(result, settings)
-        _refuse_if_too_dear(result, settings)
-        penalties = from_main(windows.quantization_costs(edited))
-        result.steps[-1] = replace(result.steps[-1], judgement=replace(result.after, penalties=penalties))
-        if settings.sliding_window:
-            result = replace(result, sliding=windows.judge_sliding(base, edited, settings.sliding_window))
+        with keeping_first(base, window) if window else nullcontext():
+            result = run.go_on(edited)
+            if result is None:
+                before = from_main(windows.judge(base))
+                result = DesinkResult(str(output), found.name, found.revision, str(windows), before, [])
+                run.keep(edited, result)
+            before = f"loss {result.before.loss:.4f}, sink rate {result.before.sink_rate:.1%}"
+            announce(f"{found.name}, on {windows}: {before}")
+            steps = _Steps(base, edited, dtype, windows, settings, result, run, progress and main, announce)
+            steps.take()
+            steps.finish()
+            if window:
+                result = replace(result, sliding=windows.judge_sliding(base, window))
         if main:
             _inspect(base, edited, tokenizer, windows, result, folder / INSPECTION.parent, progress)
-            if settings.sliding_window:
-                let_slide(edited.config, settings.sliding_window)
             card = desinking_card(result, found, edited.config, asdict(settings), text)
             _write(edited.to(dtype), checkpoint, card, folder)
     return result
@@ -154,28 +155,12 @@ def _suited(found: Source, settings: DesinkSettings) -> DesinkSettings:
             f"{found.name} is made for texts of {most:,} tokens, and passages come back in texts twice as long as a "
             f"row: give a --length of at most {most // 2:,}."
         )
-    if 4 * (settings.sliding_window or 0) > most:
+    if SLIDING_ROWS * (settings.sliding_window or 0) > most:
         raise UserError(
-            f"{found.name} is made for texts of {most:,} tokens, and sliding is measured on texts four times as long "
-            f"as the window: give a --sliding-window of at most {most // 4:,}."
+            f"{found.name} is made for texts of {most:,} tokens, and what slides is fitted to texts four times as long "
+            f"as the window: give a --sliding-window of at most {most // SLIDING_ROWS:,}."
         )
     return settings
-
-
-def _refuse_if_nothing_held(result: DesinkResult, settings: DesinkSettings) -> None:
-    if all(done.undone for done in result.steps):
-        raise VerificationError(
-            f"every step cost more than {settings.max_loss:.2%} of loss: give more text of the kind that the model "
-            "is for, or a larger --max-loss."
-        )
-
-
-def _refuse_if_too_dear(result: DesinkResult, settings: DesinkSettings) -> None:
-    if dear := too_dear(result.before, result.after, settings.max_loss):
-        raise VerificationError(
-            f"{dear}: give more text of the kind that the model is for, more tokens, a larger --length, or a larger "
-            "--max-loss."
-        )
 
 
 def _usual_device(processes: PartialState) -> str:
@@ -194,13 +179,6 @@ def _load_twice(gated: Path, device: str) -> tuple[PreTrainedModel, PreTrainedMo
         raise
     except (RuntimeError, AssertionError) as error:  # of a name that is none, or of a device that is not there
         raise UserError(f"the model cannot be put on the device {device!r}: {first_line(error)}") from error
-
-
-def let_slide(config: GatedLlamaConfig, window: int) -> None:
-    """Every layer of a model that is loaded with the config sees the last `window` tokens."""
-    config.sliding_window = window
-    if hasattr(config, "layer_types"):
-        del config.layer_types
 
 
 @dataclass
@@ -233,10 +211,26 @@ class _Steps:
         self.step("moved", self.fitted.numel(), self.move, may_be_undone=False)
         if settings.heal_tokens:  # gates alone cannot calm what is massive
             self.learn("healed", "gates", settings.heal_tokens, DistilSettings.penalty if self.is_calm else 0.0)
-        # What is to slide needs all sinks gone.
+        # What slides needs all sinks gone.
         if not settings.sliding_window and too_dear(self.result.before, self.result.after, settings.max_loss):
             rows = self.windows.cut(4 * COMPARED, "given back", COMPARED)[1:3]  # one plain, in one passages come back
             self.step("key heads given back", rows.numel(), lambda: self.give_back(rows), may_be_undone=False)
+
+    def finish(self) -> None:
+        """Measure what quantization costs, unless nothing was done in the end, or what was costs too much."""
+        steps, share = self.result.steps, self.settings.max_loss
+        if all(done.undone for done in steps):
+            raise VerificationError(
+                f"every step cost more than {share:.2%} of loss: give more text of the kind that the model is for, or "
+                "a larger --max-loss."
+            )
+        if dear := too_dear(self.result.before, self.result.after, share):
+            raise VerificationError(
+                f"{dear}: give more text of the kind that the model is for, more tokens, a larger --length, or a "
+                "larger --max-loss."
+            )
+        penalties = from_main(self.windows.quantization_costs(self.edited))
+        steps[-1] = replace(steps[-1], judgement=replace(self.result.after, penalties=penalties))
 
     def step(self, name: str, tokens: int, work: Callable[[], str | None], *, may_be_undone: bool) -> None:
         """
@@ -285,6 +279,8 @@ class _Steps:
     def move(self) -> str:
         self.run.keep_unmoved(self.edited)
         asked = replace(ANY_PRICE, damping=self.settings.damping)
+        if self.settings.sliding_window:  # behind which no head has its sink any more, whether or not its gate fits
+            asked = replace(asked, max_error=float("inf"), first=FIRST)
         found = move_sinks(self.edited, self.fitted, asked, sinks=sink_tokens(self.lengths), progress=self.progress)
         self.announce(str(found))
         if not self.is_calm and not any(head.moved for head in found.heads):

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from gated_llama.sinks.judge import LATER, Judgement
+from gated_llama.sinks.stream import FIRST
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Sliding:
-    """Losses of texts that are four times as long as the window, in nats a token."""
+    """What slides, and the base's losses of longer texts behind the rows' length, in nats a token."""
 
     window: int
-    base: float
-    base_sliding: float  # seeing the last `window` tokens only
-    edited: float
-    edited_sliding: float
+    whole: float  # seeing all tokens
+    without_first: float  # … the last `window` only
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,14 @@ class DesinkResult:
     before: Judgement
     steps: list[Step]
     sliding: Sliding | None = None
+
+    @property
+    def columns(self) -> tuple[str, str]:
+        """Over the two columns of `rows()`."""
+        if not self.sliding:
+            return "before", "after"
+        last = f"last {self.sliding.window:,} tokens"
+        return f"before: {last}, first {FIRST}", f"after: {last}"
 
     @property
     def after(self) -> Judgement:
@@ -77,12 +84,8 @@ class DesinkResult:
         rows = [(name, form.format(value(one)), form.format(value(other))) for name, form, value in shown]
         if long := self.sliding:
             rows += [
-                (f"loss of {4 * long.window:,} tokens", f"{long.base:.4f}", f"{long.edited:.4f}"),
-                (
-                    f"… seeing the last {long.window:,} only",
-                    f"{long.base_sliding:.4f}",
-                    f"{long.edited_sliding:.4f}",
-                ),
+                ("loss behind the rows' length, where all is seen", f"{long.whole:.4f}", ""),
+                (f"… where the last {long.window:,} tokens alone are", f"{long.without_first:.4f}", ""),
             ]
         return rows
 

@@ -8,6 +8,7 @@ from gated_llama.sinks.judge import LATER
 
 
 LONGEST = 4_096  # tokens of a row, where none is given: longer ones were not tried
+SLIDING_ROWS = 4  # windows that a row is long, of what slides
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class DesinkSettings:
             since it costs some loss (docs/sinks.md).
         move_tokens: on which keys, values and gates are fitted in closed form.
         heal_tokens: on which the gates are distilled from the base afterwards; or 0.
-        sliding_window: let every layer of the result see so many tokens only, for streams in constant memory; None
-            leaves the layers as they are.
-        length, batch_size: tokens of a row, if None `LONGEST` or half of what the model is made for; rows of a step,
-            in each process. What is fitted to short rows forgets to look back further, so the budget holds for texts
-            four times as long too, and for passages that come back in texts twice as long; and for short texts, which
-            pay for long rows. Rows that are trained on are of several lengths, this one the longest.
+        sliding_window: let every layer see so many tokens only, for streams in constant memory; None leaves the layers
+            as they are. Then all is fitted and measured so, against the base that sees its first tokens as well (see
+            [`gated_llama.sinks.stream`]).
+        length, batch_size: tokens of a row, if None `LONGEST` (four windows, for what slides) or half of what the model
+            is made for; rows of a step, in each process. What is fitted to short rows forgets to look back further, so
+            the budget holds for texts four times as long too, and for passages that come back in texts twice as long;
+            and for short texts, which pay for long rows. Rows that are trained on are of several lengths, this one the
+            longest.
         judged_windows: of held-out text, that are measured on.
     """
 
@@ -47,7 +50,8 @@ class DesinkSettings:
 
     def suited_to(self, longest: int) -> "DesinkSettings":
         """With the length of a row that suits a model made for texts of so many tokens, if none was given."""
-        return self if self.length else replace(self, length=min(LONGEST, longest // 2))
+        most = SLIDING_ROWS * self.sliding_window if self.sliding_window else LONGEST
+        return self if self.length else replace(self, length=min(most, longest // 2))
 
     def check(self) -> None:
         """

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gated_llama.data import cut_windows, mixed_windows, read_documents, shuffled, tokenize, with_returns
 from gated_llama.errors import UserError
 from gated_llama.inspection.quantization import QUANTIZATIONS
-from gated_llama.sinks.judge import LATER, Judgement, judge, last_tokens, losses, quantization_costs
+from gated_llama.sinks.judge import LATER, Judgement, judge, losses, quantization_costs
 from gated_llama.sinks.result import Sliding
 from gated_llama.sinks.settings import DesinkSettings
+from gated_llama.sinks.stream import last_tokens
 
 
 HELD_OUT = 0.05  # of the documents; they are what is measured on
@@ -24,7 +25,6 @@ LEAST_WINDOWS = 16  # of different text that the shortest text must fill
 FAR_WINDOWS = 2  # of text longer than the rows
 SHORT, SHORT_WINDOWS = 256, 32  # tokens of a short text, and how many of these are measured on
 SHARES = {1: 0.5, 4: 0.25, 16: 0.25}  # of the tokens trained on, in rows so many times shorter than those fitted on
-LONG_WINDOWS = 4  # on which it is measured what it costs to slide
 
 
 class Windows:
@@ -62,12 +62,6 @@ class Windows:
             )
         begins = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>"))
         self.beginnings = list(dict.fromkeys(token for token in begins if token is not None))
-        self.long = 4 * (settings.sliding_window or 0)  # tokens of the texts on which sliding is measured
-        if len(self.held_out) <= self.long:
-            raise UserError(
-                f"the held-out text has {len(self.held_out):,} tokens, too few to measure what sliding costs: give "
-                f"{round(self.long / HELD_OUT):,} and more, or a smaller sliding_window."
-            )
         far = min(4 * self.length, longest, len(self.held_out) - 1)
         self.far = cut_windows(self.held_out, FAR_WINDOWS, far, f"{self.seed} far")
         twice = cut_windows(self.held_out, FAR_WINDOWS, 2 * self.length, f"{self.seed} recalled")
@@ -112,9 +106,9 @@ class Windows:
         with self._bar(model, self._rows(name).numel()):
             return self._loss(model, name)
 
-    def _loss(self, model: PreTrainedModel, name: str) -> float:
+    def _loss(self, model: PreTrainedModel, name: str, seen: torch.Tensor | None = None) -> float:
         rows, first = self._rows(name), self.length if name in ("far", "recalled") else 0
-        return losses(model, rows, max(1, self.length // rows.shape[1]))[:, first:].mean().item()
+        return losses(model, rows, max(1, self.length // rows.shape[1]), seen)[:, first:].mean().item()
 
     def _rows(self, name: str) -> torch.Tensor:
         return {"loss": self.judged, "short": self.short, "far": self.far, "recalled": self.recalled}[name]
@@ -138,15 +132,11 @@ class Windows:
             finally:
                 hook.remove()
 
-    def judge_sliding(self, base: PreTrainedModel, edited: PreTrainedModel, window: int) -> Sliding:
-        """Losses with and without a window, on texts four times as long as the window."""
-        rows = cut_windows(self.held_out, LONG_WINDOWS, self.long, f"{self.seed} sliding")
-        found = [
-            losses(model, rows, 1, seen).mean().item()
-            for model in (base, edited)
-            for seen in (None, last_tokens(self.long, window))
-        ]
-        return Sliding(window, *found)
+    def judge_sliding(self, base: PreTrainedModel, window: int) -> Sliding:
+        """What the base makes of longer texts of which it sees all, and the last `window` tokens alone."""
+        length = self.far.shape[1]
+        with self._bar(base, 2 * self.far.numel()):
+            return Sliding(window, *(self._loss(base, "far", last_tokens(length, size)) for size in (length, window)))
 
     def _cut(
         self, tokens: torch.Tensor, count: int, what: str, length: int | None = None, *, returns: bool = False
