@@ -24,13 +24,14 @@ from gated_llama import convert_checkpoint
 from gated_llama.data import cut_windows
 from gated_llama.loading import load
 from gated_llama.sinks.judge import losses
-from gated_llama.sinks.stream import last_tokens
+from gated_llama.sinks.stream import FIRST, keeping_first, last_tokens
 from measured import RESULTS, circumstances, digest, keep_record, read_records, write_table
 
 
 RECORDS = RESULTS / "buys.jsonl"
 LENGTH, WINDOW = 4_096, 256
 STREAM, BLOCK = 20_000, 256  # tokens of one row, and how many of them at once
+BEFORE = 1_024  # tokens in front of a block that are read again where the first are kept
 PASSAGES, NEEDLES = 100, 20
 FILLER = "The weather stayed the same that day, and nobody in the town had anything to say about it. "
 
@@ -62,6 +63,21 @@ def stream(model, row: torch.Tensor) -> list[float]:
         before = logits[:-1] if last is None else torch.cat([last[None], logits[:-1]])
         found.append(torch.nn.functional.cross_entropy(before, ids[len(ids) - len(before) :], reduction="none"))
         last = logits[-1]
+    return [part.mean().item() for part in torch.cat(found).split(4_000)]
+
+
+@torch.no_grad()
+def stream_with_first(model, row: torch.Tensor) -> list[float]:
+    """
+    The same of a model that sees the `FIRST` tokens too, right in front of the others, as StreamingLLM puts them. For
+    each block what stood before is read again, four windows of it, in place of a cache.
+    """
+    found = []
+    with keeping_first(model, WINDOW):
+        for start in tqdm(range(0, len(row), BLOCK), desc="streaming, first kept", unit=" blocks"):
+            begin, end = max(FIRST, start - BEFORE), min(start + BLOCK, len(row))
+            ids = torch.cat([row[:FIRST], row[begin:end]]) if start else row[:end]
+            found.append(losses(model, ids[None])[0, -(end - max(1, start)) :])
     return [part.mean().item() for part in torch.cat(found).split(4_000)]
 
 
@@ -116,6 +132,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
         scores = [likelihood(model, tokenizer, *pair) for pair in tqdm(asked, desc=name)]
         nats, right = zip(*scores, strict=True)
         found[name] = {"nats": sum(nats) / len(nats), "right": sum(right) / len(right)}
+    found["stream, first kept"] = stream_with_first(model, row[:STREAM])
     sliding, _ = load(folder, dtype=torch.float32, sliding_window=WINDOW)
     found["stream"] = stream(sliding.to(args.device), row[:STREAM])
     return found
@@ -134,16 +151,18 @@ def table_of(records: list[dict]) -> str:
         value = record["short window"].get(name)  # older records have no cost of open gates
         return "" if value is None else f"{value:+.3f}"
 
+    def streamed(record: dict, part: int) -> str:
+        kept = record.get("stream, first kept")  # older records have none
+        return f"{record['stream'][part]:.3f}" + (f"; {kept[part]:.3f}" if kept else "")
+
     rows = [
+        ("loss of 4,096 tokens, behind 256", lambda r: f"{r['short window']['loss of 4,096 tokens']:.3f}"),
         ("last 256 of 4,096 tokens only, cost", lambda r: cost(r, "cost of the last 256")),
         ("… with the first kept", lambda r: cost(r, "… and the first")),
         ("gates reset to open, cost", lambda r: cost(r, "cost of open gates")),
         *(
-            (
-                f"loss of tokens {4_000 * n:,} to {4_000 * n + 4_000:,}, cache of 256",
-                lambda r, n=n: f"{r['stream'][n]:.3f}",
-            )
-            for n in range(len(records[0]["stream"]))
+            (f"stream, tokens {4 * n} to {4 * n + 4}k: loss; first 4 kept", lambda r, n=n: streamed(r, n))
+            for n in range(5)
         ),
         ("last words: nats; right", lambda r: f"{r['last words']['nats']:.3f}; {r['last words']['right']:.0%}"),
         *((f"{name}: nats; right", lambda r, n=name: f"{r[n]['nats']:.3f}; {r[n]['right']:.0%}") for name in needle),
