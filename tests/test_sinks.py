@@ -273,8 +273,24 @@ def test_a_head_that_no_gate_fits_keeps_the_sink_that_was_damped(monkeypatch):
         found = move_sinks(model, windows(), replace(DAMPED, max_error=-1.0))
         assert found.damped == [(0, 3)] and not any(fit.moved for fit in found.heads)
         differ[name] = (model(ids).logits - base(ids).logits)[:, 1:].abs().max()
-        monkeypatch.setattr(_LayerEdit, "read_sinks_as_they_were", lambda *args: None)
+        monkeypatch.setattr(_LayerEdit, "reading_sinks_as_they_were", lambda *args: {})
     assert differ["kept"] < 1e-3 < 1e-2 < differ["lost"]
+
+
+@torch.no_grad()
+def test_a_head_that_is_given_back_has_the_sink_that_was_damped():
+    base, ids, differ = with_a_writer(), windows(count=10), []
+    model = copy.deepcopy(base)
+    found = move_sinks(model, windows(), replace(DAMPED, max_error=9.0))
+    add_biases(base)
+    raw = [weights_of_attention(layer) for layer in base.model.layers]
+    assert all(fit.moved for fit in found.heads if fit.layer == 1)
+    for unmoved in (found.unmoved, raw):
+        heads = KeyHeads(model, unmoved, ids, torch.float64)
+        heads.give_back(heads.each)
+        differ.append((model(ids).logits - base(ids).logits)[:, 1:].abs().max())
+        heads.give_back(())
+    assert differ[0] < 1e-3 < 1e-2 < differ[1]
 
 
 @torch.no_grad()

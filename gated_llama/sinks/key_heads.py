@@ -21,17 +21,17 @@ Head = tuple[int, int]  # a layer, and a key head in it
 class KeyHeads:
     """
     The key heads of a model whose sinks were moved, each with the query heads and gates that share it. Any can be given
-    back what it was `before` (see [`weights_of_attention`]), and the others stay as they are.
+    back what it was `before` (see [`gated_llama.sinks.move.Moved.unmoved`]), and the others stay as they are.
     """
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, before: Sequence[dict], rows: torch.Tensor, dtype: torch.dtype):
-        """`rows` (B, T) of token ids are what means are taken over; what is computed anew is rounded to `dtype`."""
+        """`rows` (B, T) of token ids are what means are taken over; weights are rounded to `dtype`."""
         self.model, self.rows, self.dtype = model, rows, dtype
         self.layers = decoder_layers(model)
         self.made = [weights_of_attention(layer) for layer in self.layers]
         self.before = [
-            {name: value.to(made[name]) for name, value in weights.items()}
+            {name: value.to(dtype).to(made[name]) for name, value in weights.items()}
             for weights, made in zip(before, self.made, strict=True)
         ]
         self.each = [

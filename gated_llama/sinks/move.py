@@ -15,7 +15,7 @@ damped: what is left is still told from other tokens, by the key heads whose gat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import nn
@@ -68,6 +68,7 @@ class Moved:
     loss_after: float
     undone: list[int]  # layers left as they were because all together would have cost more than they may
     damped: list[tuple[int, int]]  # layers and the neurons there that made sinks massive
+    unmoved: list[dict[str, torch.Tensor]] = field(compare=False, repr=False)  # weights that keep a sink, by layer
 
     def __str__(self) -> str:
         moved = sum(fit.moved for fit in self.heads)
@@ -161,7 +162,7 @@ def move_sinks(
     judged = max(1, round(settings.held_out * len(windows)))  # the last windows
     base = embed(model, windows, device)
     edited, rotary = base.clone(), rotary_of(model, base)
-    fits, costs, before, damped = [], [], [], []
+    fits, costs, before, unmoved, damped = [], [], [], [], []
     layers = decoder_layers(model)
     for number in tqdm(range(len(layers)), desc="moving sinks", unit=" layers", disable=not progress):
         before.append(weights_of_attention(layers[number]))
@@ -171,6 +172,7 @@ def move_sinks(
             base, edited = edit.states
             costs.append(edit.cost)
             damped += [(number, neuron) for neuron in edit.damped]
+            unmoved.append(before[number] | edit.unmoved)
             before[number] |= edit.loud
     loss_before, loss_after = (_loss(model, states[-judged:], windows[-judged:]) for states in (base, edited))
     undone, most = [], (1 + settings.max_loss) * loss_before
@@ -182,7 +184,7 @@ def move_sinks(
     if not loss_after <= most:
         undone, loss_after = _undo_layers(model, before, costs, windows[-judged:], most)
         fits = [replace(fit, moved=fit.moved and fit.layer not in undone) for fit in fits]
-    return Moved(fits, loss_before, loss_after, undone, damped)
+    return Moved(fits, loss_before, loss_after, undone, damped, unmoved)
 
 
 def _undo_layers(
@@ -270,8 +272,9 @@ class _LayerEdit:
     """
     The edit of one layer. `sinks` (B, T) are the tokens that are sinks to it; the last `judged` windows are those that
     nothing is fitted on. Afterwards `states` are those that it puts out as it was, of states as they were, and as it
-    is, of those that the edited layers before it put out; `cost` is what the edit changes, as a share of them, and
-    `damped` are neurons of its MLP, and `loud` the weights of it before.
+    is, of those that the edited layers before it put out; `cost` is what the edit changes, as a share of them;
+    `unmoved` are the weights of key heads that keep their sink, if any was to move; `damped` are neurons of its MLP,
+    and `loud` the weights of it before.
     """
 
     def __init__(self, layer: nn.Module, rotary: tuple, sinks: torch.Tensor, judged: int, settings: MoveSettings):
@@ -279,6 +282,7 @@ class _LayerEdit:
         self.sinks, self.fitted, self.judged = sinks, slice(0, len(sinks) - judged), slice(len(sinks) - judged, None)
         self.groups = self.attention.num_key_value_groups
         self.cost = 0.0
+        self.unmoved: dict[str, torch.Tensor] = {}
         self.damped: list[int] = []
         self.loud: dict[str, torch.Tensor] = {}
         self.scale = torch.ones_like(layer.input_layernorm.weight)
@@ -299,11 +303,13 @@ class _LayerEdit:
         good = torch.zeros_like(value[:, 0]).bool()
         chosen = (sink.view(-1, self.groups) >= settings.min_sink).any(1) & bool(len(firsts))  # (K)
         if chosen.any():
-            before = weights_of_attention(self.layer)
+            self.unmoved = weights_of_attention(self.layer)
             is_damped = self.is_damped(base, edited)
             if not is_damped:
                 self.scale_hidden(seen)
             self.edit_keys(seen, chosen)
+            if is_damped:
+                self.unmoved |= self.reading_sinks_as_they_were(origin, seen, chosen)
             now = self.attend(edited)
             shift = value.repeat_interleave(self.groups, 0) * settings.values  # (N, H)
             moved, target = now.outputs - shift, wanted - shift
@@ -313,9 +319,8 @@ class _LayerEdit:
             errors, ungated = (self.error(found, target, wanted) for found in (moved_gated, moved))
             good = chosen & (errors.view(-1, self.groups) <= settings.max_error).all(1)
             heads = good.repeat_interleave(self.groups)
-            self.keep(before, good, shift, weight, bias)
+            self.keep(good, shift, weight, bias)
             if is_damped and not good[chosen].all():
-                self.read_sinks_as_they_were(origin, seen, chosen & ~good)
                 outputs = self.gated(gate_values(gate, seen.states), self.attend(edited).outputs)
             left = torch.where(heads, 1 - now.others[others].mean(0), sink)
             outputs = torch.where(heads[:, None], moved_gated, outputs)
@@ -408,18 +413,22 @@ class _LayerEdit:
         now, before = (states[self.sinks].norm(dim=1).mean() for states in (edited, base))
         return self.settings.damping != 1 and bool(2 * now < before)
 
-    def read_sinks_as_they_were(self, origin: Attended, seen: Attended, chosen: torch.Tensor) -> None:
+    def reading_sinks_as_they_were(
+        self, origin: Attended, seen: Attended, chosen: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """
-        Let the `chosen` (K) key heads, which need a sink, read what is left of damped ones as these were, so that key
-        and value are too: W + W (x₀ − x)·uᵀ, of the state x₀ that is x now, with u as in [`edit_keys`].
+        Weights with which those of the `chosen` (K) key heads that keep their sink read what is left of damped ones as
+        these were, so that key and value are too: W + W (x₀ − x)·uᵀ, of the state x₀ that is x now, with u as in
+        [`edit_keys`].
         """
-        rows = chosen.repeat_interleave(self.attention.head_dim)
-        fitted = self.sinks[self.fitted]
+        rows, fitted = chosen.repeat_interleave(self.attention.head_dim), self.sinks[self.fitted]
         was, now = (found.states[self.fitted][fitted].double().mean(0) for found in (origin, seen))  # (E)
-        for linear in (self.attention.k_proj, self.attention.v_proj):
-            weight = linear.weight.double()
+        written = {}
+        for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
+            weight = self.unmoved[name].double()
             change = torch.where(rows, weight @ (was - now), 0)
-            linear.weight.copy_(weight + torch.outer(change, self.direction))
+            written[name] = (weight + torch.outer(change, self.direction)).to(self.unmoved[name])
+        return written
 
     @property
     def is_normed(self) -> bool:
@@ -506,17 +515,16 @@ class _LayerEdit:
         bias = bias.detach() - mean.to(precise) @ written
         return written.T.to(states.dtype), bias.to(states.dtype)
 
-    def keep(
-        self, before: dict, good: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-    ) -> None:
-        """Write gates and shifted values of the `good` (K) key heads; give the others back what they had."""
+    def keep(self, good: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        """Write gates and shifted values of the `good` (K) key heads; the others are `unmoved`."""
         attention, gate = self.attention, self.attention.attn_gate.proj
         if not good.any():
-            self.layer.load_state_dict(before, strict=False)
+            self.layer.load_state_dict(self.unmoved, strict=False)
             return
-        rows = good.repeat_interleave(attention.head_dim)
-        old = before["self_attn.k_proj.weight"]
-        attention.k_proj.weight.copy_(torch.where(rows[:, None], attention.k_proj.weight, old / self.scale))
+        rows = good.repeat_interleave(attention.head_dim)[:, None]
+        for name in ("k_proj", "v_proj"):
+            linear, unmoved = attention.get_submodule(name), self.unmoved[f"self_attn.{name}.weight"] / self.scale
+            linear.weight.copy_(torch.where(rows, linear.weight, unmoved))
         if self.settings.values:
             shift = shift * good.repeat_interleave(self.groups)[:, None]
             attention.v_proj.bias -= shift[:: self.groups].flatten()

@@ -277,11 +277,11 @@ class _Steps:
         self.step(name, sum(ids.numel() for ids in batches), work, may_be_undone=True)
 
     def move(self) -> str:
-        self.run.keep_unmoved(self.edited)
         asked = replace(ANY_PRICE, damping=self.settings.damping)
         if self.settings.sliding_window:  # behind which no head has its sink any more, whether or not its gate fits
             asked = replace(asked, max_error=float("inf"), first=FIRST)
         found = move_sinks(self.edited, self.fitted, asked, sinks=sink_tokens(self.lengths), progress=self.progress)
+        self.run.keep_unmoved(found.unmoved)
         self.announce(str(found))
         if not self.is_calm and not any(head.moved for head in found.heads):
             raise VerificationError("no head has a sink that is large enough, and fits well enough, to be moved.")
@@ -304,7 +304,6 @@ class _Steps:
         rid = {head: attention(before, *head) - attention(self.result.after, *head) for head in moved}
         saved = heads.divergence_saved(self.base, moved, progress=self.progress)
         order = sorted(moved, key=lambda head: -saved[head] / max(rid[head], LEAST_ATTENTION))
-        # Where sinks were damped a head that is given back has a weak one, and may cost more.
         order = from_main([head for head in order if saved[head] >= 0])
 
         def keeps(name: str, most: float) -> bool:

@@ -16,9 +16,7 @@ from transformers import PreTrainedModel
 
 from gated_llama.checkpoints.folder import read_json
 from gated_llama.errors import UserError, VerificationError
-from gated_llama.inspection.attention import decoder_layers
 from gated_llama.runs import begin_record, resume_record
-from gated_llama.sinks.budget import weights_of_attention
 from gated_llama.sinks.distil import process_of, write_whole
 from gated_llama.sinks.result import DesinkResult
 
@@ -46,11 +44,11 @@ class Unfinished:
         """The file with the training state of the current step."""
         return self.folder / f"{self.steps}-training.safetensors"
 
-    def keep_unmoved(self, model: PreTrainedModel) -> None:
-        """Keep what moving a sink may change, so that layers can be given it back."""
+    def keep_unmoved(self, layers: list[dict[str, torch.Tensor]]) -> None:
+        """Keep what key heads that were moved can be given back, layer by layer."""
         if process_of()[0] == 0:
-            layers = enumerate(map(weights_of_attention, decoder_layers(model)))
-            write_whole(self._unmoved, {f"{n} {name}": value for n, layer in layers for name, value in layer.items()})
+            weights = {f"{n} {name}": value for n, layer in enumerate(layers) for name, value in layer.items()}
+            write_whole(self._unmoved, weights)
 
     def unmoved(self) -> list[dict[str, torch.Tensor]]:
         """Layer by layer, what was kept."""
