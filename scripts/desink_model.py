@@ -5,8 +5,10 @@ Each step is measured on held-out text: with --calm-tokens all layers are distil
 massive states; keys, values and gates are fitted so that no head needs its sink, and with --damping 32 the neurons that
 make it massive write 32 times less, for whoever quantizes; gates are distilled from the base. Last, key heads get back
 what they were, until the loss rose by no more than --max-loss: on short texts, on rows like those that were fitted on,
-behind their length in longer texts, and on passages that come back. Where that would take all of them, or with
---sliding-window, nothing is written instead. `accelerate launch` spreads the training over several processes.
+behind their length in longer texts, and on passages that come back. Where that would take all of them nothing is
+written. With --sliding-window every layer sees the last tokens only, for streams in constant memory; all of it is
+compared with the base that keeps its first four tokens as well, as StreamingLLM reads a stream, and no key head is
+given back. `accelerate launch` spreads the training over several processes.
 """
 
 import argparse
@@ -32,8 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--move-tokens", type=int, default=32_768, help="to move the sink on (default: 32768)")
     parser.add_argument("--heal-tokens", type=int, default=65_536, help="to distil gates on (default: 65536)")
-    parser.add_argument("--sliding-window", type=int, metavar="W", help="let the result see the last W tokens only")
-    parser.add_argument("--length", type=int, help="tokens of a row (default: 4096, or half of what it is made for)")
+    parser.add_argument("--sliding-window", type=int, metavar="W", help="see the last W tokens only")
+    parser.add_argument(
+        "--length", type=int, help="tokens of a row (default: 4096, or 4 W; half of what it is made for at the most)"
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="rows of a training step (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of text (default: 0)")
     parser.add_argument("--device", help="such as cuda (default: a GPU if there is one)")
