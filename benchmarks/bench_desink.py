@@ -27,14 +27,12 @@ from measured import RESULTS, ROOT, append_record, circumstances, read_records, 
 RECORDS = RESULTS / "desink.jsonl"
 SHOWN = {  # outputs, and how the table calls what made them
     "desinked-mixed": "SmolLM2-135M",
-    "desinked-damped": "SmolLM2-135M, `--damping 32`",
     "desinked-sliding": "SmolLM2-135M, `--sliding-window 256`",
     "desinked-elementwise": "SmolLM2-135M, elementwise gates",
     "desinked-qwen": "Qwen2.5-Coder-0.5B",
+    "desinked-qwen-sliding": "Qwen2.5-Coder-0.5B, `--sliding-window 256`",
 }
-
-
-SHARE, TIMES, NATS, FROM_TO = "{change:+.2%}", "× {times:.2f}", "{rise:+.3f}", "{then:+.2f} → {now:+.2f}"
+SHARE, TIMES, NATS, FROM_TO = "{change:+.2%}", "× {times:.2f}", "{rise:+.3f}", "{then:+.3f} → {now:+.3f}"
 MEASURES = (  # how each is shown that a judgement has, or its penalties
     ("loss", "loss", SHARE),
     ("… of short texts", "short", SHARE),
@@ -55,13 +53,10 @@ def table(records: list[dict]) -> str:
     runs = {name: record for name in SHOWN for record in records if Path(record["output"]).name == name}
     rows = [["", *(SHOWN[name] for name in runs)], ["---"] * (1 + len(runs))]
     for title, of_run in (
-        (
-            "rows of; judged windows",
-            lambda run: f"{run['settings']['length'] or LONGEST:,}; {run['settings']['judged_windows']}",
-        ),
+        ("rows of; judged windows", rows_of),
         ("tokens", lambda run: f"{sum(step['tokens'] for step in run['steps']):,}"),
         ("minutes", lambda run: f"{run['seconds'] / 60:.0f}"),
-        ("key heads given back", lambda run: given_back(run)),
+        ("key heads given back", given_back),
         *((title, partial(cell, key=key, form=form)) for title, key, form in MEASURES),
     ):
         rows.append([title, *map(of_run, runs.values())])
@@ -81,6 +76,11 @@ def cell(run: dict, key: str, form: str) -> str:
         if now is not None
     ]
     return base.format(then=then) + arrow + shown[0] + "".join(f" ({value})" for value in shown[1:])
+
+
+def rows_of(run: dict) -> str:
+    settings = DesinkSettings(**run["settings"]).suited_to(2 * LONGEST)  # both models are made for as much, or more
+    return f"{settings.length:,}; {settings.judged_windows}"
 
 
 def given_back(run: dict) -> str:

@@ -33,6 +33,16 @@ LENGTH, WINDOW = 4_096, 256
 STREAM, BLOCK = 20_000, 256  # tokens of one row, and how many of them at once
 BEFORE = 1_024  # tokens in front of a block that are read again where the first are kept
 PASSAGES, NEEDLES = 100, 20
+SHOWN = {  # records, and how the table calls them
+    "SmolLM2-135M": "SmolLM2-135M",
+    "SmolLM2-135M, `desink --sliding-window 256`": "`desink --sliding-window 256`",
+    "SmolLM2-135M, `desink`, gates distilled on rows of several lengths": "`desink`",
+    "SmolLM2-135M, `desink` on rows of 2,048": "`desink --length 2048`",
+    "SmolLM2-135M without its sink": "`desink --length 256 --calm-tokens 196608`",
+    "Qwen2.5-Coder-0.5B": "Qwen2.5-Coder-0.5B",
+    "Qwen2.5-Coder-0.5B, `desink --sliding-window 256`": "`desink --sliding-window 256`",
+    "Qwen2.5-Coder-0.5B, `desink` on rows of 1,024": "`desink --length 1024`",
+}
 FILLER = "The weather stayed the same that day, and nobody in the town had anything to say about it. "
 
 
@@ -140,6 +150,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
 
 def table(records: list[dict]) -> str:
     """A column a model; a table for those that one tokenizer makes the text of, since nats are of its tokens."""
+    of = {record["name"]: record for record in records}
+    records = [of[name] for name in SHOWN if name in of]
     texts = dict.fromkeys(record["text"] for record in records)
     return "\n".join(table_of([record for record in records if record["text"] == text]) for text in texts)
 
@@ -167,7 +179,7 @@ def table_of(records: list[dict]) -> str:
         ("last words: nats; right", lambda r: f"{r['last words']['nats']:.3f}; {r['last words']['right']:.0%}"),
         *((f"{name}: nats; right", lambda r, n=name: f"{r[n]['nats']:.3f}; {r[n]['right']:.0%}") for name in needle),
     ]
-    lines = [f"| | {' | '.join(record['name'] for record in records)} |", f"|---|{'---|' * len(records)}"]
+    lines = [f"| | {' | '.join(SHOWN[record['name']] for record in records)} |", f"|---|{'---|' * len(records)}"]
     lines += [f"| {name} | {' | '.join(value(record) for record in records)} |" for name, value in rows]
     return "\n".join(lines) + "\n"
 

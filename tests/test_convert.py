@@ -297,6 +297,7 @@ def test_index_cannot_leave_the_folder(source, tmp_path, shard):
         ({"model_type": "deepseek_v3"}, "'deepseek_v3', which is not supported"),
         ({"model_type": "gpt_oss"}, "'gpt_oss', which is not supported"),
         ({"model_type": "DROP"}, "model_type None"),
+        ({"model_type": []}, r"model_type \[\], which is not supported"),
         ({"architectures": ["LlamaForCausalLMEagle"]}, "LlamaForCausalLMEagle"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_size": "36"}, "not a valid llama config"),

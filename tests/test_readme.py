@@ -8,6 +8,8 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import bench_desink
+import buys
 import sinks
 import torch
 
@@ -115,8 +117,10 @@ def test_what_the_textbook_tasks_are_to_show_holds_in_the_records():
         assert [claim for claim in module.claims(records) if not claim.holds] == []
 
 
-def test_the_table_of_sinks_is_that_of_the_records():
+def test_the_tables_of_sinks_are_those_of_the_records():
     assert read_table("sinks") == sinks.table(sinks.known(sinks.RECORDS))
+    assert read_table("desink") == bench_desink.table(read_records(bench_desink.RECORDS))
+    assert read_table("buys") == buys.table(read_records(buys.RECORDS))
 
 
 def test_the_table_of_speed_is_that_of_the_last_record():

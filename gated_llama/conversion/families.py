@@ -154,8 +154,9 @@ def recognise(raw_config: dict, where: str) -> Origin:
         UserError: the family or the architecture is not supported, or the config contradicts itself. `where` names it.
     """
     model_type = raw_config.get("model_type")
-    if model_type not in FAMILIES | GATED_TYPES:
-        supported = ", ".join(FAMILIES | GATED_TYPES)
+    known = (*FAMILIES, *GATED_TYPES)  # not a set: a damaged file may have a list there
+    if model_type not in known:
+        supported = ", ".join(known)
         raise UserError(f"{where} has model_type {model_type!r}, which is not supported: {supported} are.")
     if raw_config.get("quantization_config"):
         raise UserError(

@@ -18,7 +18,7 @@ from gated_llama.gates import is_gate
 def target(checkpoint: Checkpoint, config: GatedLlamaConfig) -> Target:
     where = checkpoint.folder / CONFIG_NAME
     model_type = (config.conversion or {}).get("source_model_type")
-    if model_type not in FAMILIES:
+    if model_type not in tuple(FAMILIES):  # it may be a list, in a damaged file
         raise UserError(f"{where} names no family that it was converted from, so there is no base to go back to")
     _refuse_moved_gates(checkpoint, config)
     head = config.architectures[0].removeprefix(GATED_TYPES[config.model_type].prefix)
