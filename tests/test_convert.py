@@ -301,6 +301,7 @@ def test_index_cannot_leave_the_folder(source, tmp_path, shard):
         ({"architectures": ["LlamaForCausalLMEagle"]}, "LlamaForCausalLMEagle"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_size": "36"}, "not a valid llama config"),
+        ({"dtype": False}, "its dtype is False"),
         ({"num_key_value_heads": 5}, "num_key_value_heads"),
         ({"num_attention_heads": 0}, "config.json"),
         ({"rope_scaling": {"rope_type": "bogus", "factor": 2.0}}, "config.json"),

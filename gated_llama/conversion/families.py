@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
@@ -175,6 +176,8 @@ def recognise(raw_config: dict, where: str) -> Origin:
         config = config_class.from_dict(raw_config)
     except Exception as error:  # whatever a malformed value makes the config class do
         raise UserError(f"{where} is not a valid {model_type} config: {_reason(error)}") from error
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):  # which the config classes let pass
+        raise UserError(f"{where} is not a valid {model_type} config: its dtype is {config.dtype!r}.")
     gated_class = getattr(gated.modeling, gated.prefix + head)
     if is_gated:
         gates = {name: getattr(config, name) for name in GATE_DEFAULTS}
