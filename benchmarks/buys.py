@@ -13,6 +13,7 @@ import random
 import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from measured import RESULTS, circumstances, digest, keep_record, read_records, 
 
 RECORDS = RESULTS / "buys.jsonl"
 LENGTH, WINDOW = 4_096, 256
-STREAM, BLOCK = 20_000, 256  # tokens of one row, and how many of them at once
+STREAM, PART, BLOCK = 20_000, 4_000, 256  # tokens of one row, of each that a loss is told of, and read at once
 BEFORE = 1_024  # tokens in front of a block that are read again where the first are kept
 PASSAGES, NEEDLES = 100, 20
 SHOWN = {  # records, and how the table calls them
@@ -63,16 +64,21 @@ def short_window(model, rows: torch.Tensor) -> dict[str, float]:
     return found
 
 
+def by_part(found: list[torch.Tensor]) -> list[float]:
+    """Means of the losses of each `PART` of a stream, of those of its blocks."""
+    return [part.mean().item() for part in torch.cat(found).split(PART)]
+
+
 @torch.no_grad()
 def stream(model, row: torch.Tensor) -> list[float]:
-    """The loss of each 4,000 of `STREAM` tokens, read in blocks by a cache that holds the last `WINDOW`."""
+    """The loss of each `PART` of `STREAM` tokens, read in blocks by a cache that holds the last `WINDOW`."""
     cache, found, last = DynamicCache(config=model.config), [], None
     for ids in tqdm(row.split(BLOCK), desc="streaming", unit=" blocks"):
         logits = model(ids[None].to(model.device), past_key_values=cache, use_cache=True).logits[0].float().cpu()
         before = logits[:-1] if last is None else torch.cat([last[None], logits[:-1]])
         found.append(torch.nn.functional.cross_entropy(before, ids[len(ids) - len(before) :], reduction="none"))
         last = logits[-1]
-    return [part.mean().item() for part in torch.cat(found).split(4_000)]
+    return by_part(found)
 
 
 @torch.no_grad()
@@ -87,7 +93,7 @@ def stream_with_first(model, row: torch.Tensor) -> list[float]:
             begin, end = max(FIRST, start - BEFORE), min(start + BLOCK, len(row))
             ids = torch.cat([row[:FIRST], row[begin:end]]) if start else row[:end]
             found.append(losses(model, ids[None])[0, -(end - max(1, start)) :])
-    return [part.mean().item() for part in torch.cat(found).split(4_000)]
+    return by_part(found)
 
 
 @torch.no_grad()
@@ -162,7 +168,7 @@ def table_of(records: list[dict]) -> str:
         value = record["short window"].get(name)  # older records have no cost of open gates
         return "" if value is None else f"{value:+.3f}"
 
-    def streamed(record: dict, part: int) -> str:
+    def streamed(part: int, record: dict) -> str:
         kept = record.get("stream, first kept")  # older records have none
         return f"{record['stream'][part]:.3f}" + (f"; {kept[part]:.3f}" if kept else "")
 
@@ -172,8 +178,11 @@ def table_of(records: list[dict]) -> str:
         ("… with the first kept", lambda r: cost(r, "… and the first")),
         ("gates reset to open, cost", lambda r: cost(r, "cost of open gates")),
         *(
-            (f"stream, tokens {4 * n} to {4 * n + 4}k: loss; first 4 kept", lambda r, n=n: streamed(r, n))
-            for n in range(5)
+            (
+                f"stream, tokens {start // 1_000} to {(start + PART) // 1_000}k: loss; first 4 kept",
+                partial(streamed, part),
+            )
+            for part, start in enumerate(range(0, STREAM, PART))
         ),
         ("last words: nats; right", lambda r: f"{r['last words']['nats']:.3f}; {r['last words']['right']:.0%}"),
         *((f"{name}: nats; right", lambda r, n=name: f"{r[n]['nats']:.3f}; {r[n]['right']:.0%}") for name in needle),

@@ -172,7 +172,8 @@ def move_sinks(
             base, edited = edit.states
             costs.append(edit.cost)
             damped += [(number, neuron) for neuron in edit.damped]
-            unmoved.append(before[number] | edit.unmoved)
+            was = before[number]  # where the layer is at home: no more than one layer stays on the device
+            unmoved.append(was | {name: value.to(was[name]) for name, value in edit.unmoved.items()})
             before[number] |= edit.loud
     loss_before, loss_after = (_loss(model, states[-judged:], windows[-judged:]) for states in (base, edited))
     undone, most = [], (1 + settings.max_loss) * loss_before
@@ -273,8 +274,8 @@ class _LayerEdit:
     The edit of one layer. `sinks` (B, T) are the tokens that are sinks to it; the last `judged` windows are those that
     nothing is fitted on. Afterwards `states` are those that it puts out as it was, of states as they were, and as it
     is, of those that the edited layers before it put out; `cost` is what the edit changes, as a share of them;
-    `unmoved` are the weights of key heads that keep their sink, if any was to move; `damped` are neurons of its MLP,
-    and `loud` the weights of it before.
+    `unmoved` are the weights with which key heads that keep a damped sink read it; `damped` are neurons of its MLP, and
+    `loud` the weights of it before.
     """
 
     def __init__(self, layer: nn.Module, rotary: tuple, sinks: torch.Tensor, judged: int, settings: MoveSettings):
@@ -303,13 +304,13 @@ class _LayerEdit:
         good = torch.zeros_like(value[:, 0]).bool()
         chosen = (sink.view(-1, self.groups) >= settings.min_sink).any(1) & bool(len(firsts))  # (K)
         if chosen.any():
-            self.unmoved = weights_of_attention(self.layer)
+            before = weights_of_attention(self.layer)
             is_damped = self.is_damped(base, edited)
             if not is_damped:
                 self.scale_hidden(seen)
             self.edit_keys(seen, chosen)
             if is_damped:
-                self.unmoved |= self.reading_sinks_as_they_were(origin, seen, chosen)
+                self.unmoved = self.reading_sinks_as_they_were(before, origin, seen, chosen)
             now = self.attend(edited)
             shift = value.repeat_interleave(self.groups, 0) * settings.values  # (N, H)
             moved, target = now.outputs - shift, wanted - shift
@@ -319,7 +320,7 @@ class _LayerEdit:
             errors, ungated = (self.error(found, target, wanted) for found in (moved_gated, moved))
             good = chosen & (errors.view(-1, self.groups) <= settings.max_error).all(1)
             heads = good.repeat_interleave(self.groups)
-            self.keep(good, shift, weight, bias)
+            self.keep(before | self.unmoved, good, shift, weight, bias)
             if is_damped and not good[chosen].all():
                 outputs = self.gated(gate_values(gate, seen.states), self.attend(edited).outputs)
             left = torch.where(heads, 1 - now.others[others].mean(0), sink)
@@ -414,7 +415,7 @@ class _LayerEdit:
         return self.settings.damping != 1 and bool(2 * now < before)
 
     def reading_sinks_as_they_were(
-        self, origin: Attended, seen: Attended, chosen: torch.Tensor
+        self, before: dict, origin: Attended, seen: Attended, chosen: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """
         Weights with which those of the `chosen` (K) key heads that keep their sink read what is left of damped ones as
@@ -425,9 +426,9 @@ class _LayerEdit:
         was, now = (found.states[self.fitted][fitted].double().mean(0) for found in (origin, seen))  # (E)
         written = {}
         for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
-            weight = self.unmoved[name].double()
+            weight = before[name].double()
             change = torch.where(rows, weight @ (was - now), 0)
-            written[name] = (weight + torch.outer(change, self.direction)).to(self.unmoved[name])
+            written[name] = (weight + torch.outer(change, self.direction)).to(before[name])
         return written
 
     @property
@@ -515,16 +516,18 @@ class _LayerEdit:
         bias = bias.detach() - mean.to(precise) @ written
         return written.T.to(states.dtype), bias.to(states.dtype)
 
-    def keep(self, good: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        """Write gates and shifted values of the `good` (K) key heads; the others are `unmoved`."""
+    def keep(
+        self, unmoved: dict, good: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> None:
+        """Write gates and shifted values of the `good` (K) key heads; the others are as in `unmoved`."""
         attention, gate = self.attention, self.attention.attn_gate.proj
         if not good.any():
-            self.layer.load_state_dict(self.unmoved, strict=False)
+            self.layer.load_state_dict(unmoved, strict=False)
             return
         rows = good.repeat_interleave(attention.head_dim)[:, None]
         for name in ("k_proj", "v_proj"):
-            linear, unmoved = attention.get_submodule(name), self.unmoved[f"self_attn.{name}.weight"] / self.scale
-            linear.weight.copy_(torch.where(rows, linear.weight, unmoved))
+            linear, old = attention.get_submodule(name), unmoved[f"self_attn.{name}.weight"]
+            linear.weight.copy_(torch.where(rows, linear.weight, old / self.scale))
         if self.settings.values:
             shift = shift * good.repeat_interleave(self.groups)[:, None]
             attention.v_proj.bias -= shift[:: self.groups].flatten()

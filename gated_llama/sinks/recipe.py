@@ -120,13 +120,8 @@ def desink_checkpoint(
                 before = from_main(windows.judge(base))
                 result = DesinkResult(str(output), found.name, found.revision, str(windows), before, [])
                 run.keep(edited, result)
-            before = f"loss {result.before.loss:.4f}, sink rate {result.before.sink_rate:.1%}"
-            announce(f"{found.name}, on {windows}: {before}")
             steps = _Steps(base, edited, dtype, windows, settings, result, run, progress and main, announce)
-            steps.take()
-            steps.finish()
-            if window:
-                result = replace(result, sliding=windows.judge_sliding(base, window))
+            result = steps.take()
         if main:
             _inspect(base, edited, tokenizer, windows, result, folder / INSPECTION.parent, progress)
             card = desinking_card(result, found, edited.config, asdict(settings), text)
@@ -198,14 +193,21 @@ class _Steps:
     progress: bool
     announce: Callable[[str], None]
 
-    def take(self) -> None:
-        settings, steps = self.settings, self.result.steps
+    def take(self) -> DesinkResult:
+        """All that are asked for; the rest is as in [`finished`]."""
+        settings, before = self.settings, self.result.before
+        started = f"loss {before.loss:.4f}, sink rate {before.sink_rate:.1%}"
+        self.announce(f"{self.result.source}, on {self.windows}: {started}")
         self.fitted = self.windows.cut(settings.move_tokens, "move")
         self.lengths = state_lengths(self.base, self.fitted, progress=self.progress)
         if settings.calm_tokens:
             self.learn("calmed", "layers", settings.calm_tokens, DistilSettings.penalty)
-        if settings.calm_only:
-            return
+        if not settings.calm_only:
+            self.move_and_heal()
+        return self.finished()
+
+    def move_and_heal(self) -> None:
+        settings, steps = self.settings, self.result.steps
         self.is_calm = any(done.name == "calmed" and not done.undone for done in steps)
         # Whatever it costs: healing makes good what it can, and key heads that still cost too much are given back.
         self.step("moved", self.fitted.numel(), self.move, may_be_undone=False)
@@ -216,8 +218,13 @@ class _Steps:
             rows = self.windows.cut(4 * COMPARED, "given back", COMPARED)[1:3]  # one plain, in one passages come back
             self.step("key heads given back", rows.numel(), lambda: self.give_back(rows), may_be_undone=False)
 
-    def finish(self) -> None:
-        """Measure what quantization costs, unless nothing was done in the end, or what was costs too much."""
+    def finished(self) -> DesinkResult:
+        """
+        The result, with what quantization costs and what sliding does.
+
+        Raises:
+            VerificationError: nothing was done in the end, or what was costs too much.
+        """
         steps, share = self.result.steps, self.settings.max_loss
         if all(done.undone for done in steps):
             raise VerificationError(
@@ -231,6 +238,8 @@ class _Steps:
             )
         penalties = from_main(self.windows.quantization_costs(self.edited))
         steps[-1] = replace(steps[-1], judgement=replace(self.result.after, penalties=penalties))
+        window = self.settings.sliding_window
+        return replace(self.result, sliding=self.windows.judge_sliding(self.base, window)) if window else self.result
 
     def step(self, name: str, tokens: int, work: Callable[[], str | None], *, may_be_undone: bool) -> None:
         """
