@@ -26,17 +26,18 @@ from measured import RESULTS, ROOT, append_record, circumstances, read_records, 
 
 RECORDS = RESULTS / "desink.jsonl"
 SHOWN = {  # outputs, and how the table calls what made them
-    "desinked-mixed": "SmolLM2-135M",
+    "desinked-default": "SmolLM2-135M",
     "desinked-sliding": "SmolLM2-135M, `--sliding-window 256`",
     "desinked-elementwise": "SmolLM2-135M, elementwise gates",
     "desinked-qwen": "Qwen2.5-Coder-0.5B",
     "desinked-qwen-sliding": "Qwen2.5-Coder-0.5B, `--sliding-window 256`",
 }
+RESTORED = ("KV heads restored", "key heads given back")  # the step, now and in older records
 SHARE, TIMES, NATS, FROM_TO = "{change:+.2%}", "× {times:.2f}", "{rise:+.3f}", "{then:+.3f} → {now:+.3f}"
 MEASURES = (  # how each is shown that a judgement has, or its penalties
     ("loss", "loss", SHARE),
     ("… of short texts", "short", SHARE),
-    ("… behind the rows' length", "far", SHARE),
+    ("… past the rows' length", "far", SHARE),
     ("… of passages that come back, nats", "recalled", NATS),
     ("attention to the first token", "first_token", TIMES),
     ("… to the most attended key", "most_attended", TIMES),
@@ -49,14 +50,14 @@ MEASURES = (  # how each is shown that a judgement has, or its penalties
 
 
 def table(records: list[dict]) -> str:
-    """A column a run; in brackets what stood there before key heads were given back."""
+    """A column a run; in brackets what stood there before KV heads were restored."""
     runs = {name: record for name in SHOWN for record in records if Path(record["output"]).name == name}
     rows = [["", *(SHOWN[name] for name in runs)], ["---"] * (1 + len(runs))]
     for title, of_run in (
         ("rows of; judged windows", rows_of),
         ("tokens", lambda run: f"{sum(step['tokens'] for step in run['steps']):,}"),
         ("minutes", lambda run: f"{run['seconds'] / 60:.0f}"),
-        ("key heads given back", given_back),
+        (RESTORED[0], restored),
         *((title, partial(cell, key=key, form=form)) for title, key, form in MEASURES),
     ):
         rows.append([title, *map(of_run, runs.values())])
@@ -65,7 +66,7 @@ def table(records: list[dict]) -> str:
 
 def cell(run: dict, key: str, form: str) -> str:
     judged = [step["judgement"] for step in run["steps"]]
-    judged = judged[-2:] if given_back(run) else judged[-1:]
+    judged = judged[-2:] if restored(run) else judged[-1:]
     then, *found = [{**values, **values["penalties"]}.get(key) for values in (run["before"], *judged)]
     if then is None:  # older records have no short texts
         return ""
@@ -79,14 +80,16 @@ def cell(run: dict, key: str, form: str) -> str:
 
 
 def rows_of(run: dict) -> str:
-    settings = DesinkSettings(**run["settings"]).suited_to(2 * LONGEST)  # both models are made for as much, or more
-    return f"{settings.length:,}; {settings.judged_windows}"
+    settings = dict(run["settings"])
+    windows = settings.pop("judged_windows", None)  # of older records
+    settings = DesinkSettings(**settings).suited_to(2 * LONGEST)  # both models are made for as much, or more
+    return f"{settings.length:,}; {windows or settings.judged_tokens // settings.length}"
 
 
-def given_back(run: dict) -> str:
+def restored(run: dict) -> str:
     """As "9 of 72", or nothing."""
     last = run["steps"][-1]
-    return last["note"].partition(":")[0] if last["name"] == "key heads given back" else ""
+    return last["note"].partition(":")[0] if last["name"] in RESTORED else ""
 
 
 def main() -> None:

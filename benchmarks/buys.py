@@ -173,7 +173,7 @@ def table_of(records: list[dict]) -> str:
         return f"{record['stream'][part]:.3f}" + (f"; {kept[part]:.3f}" if kept else "")
 
     rows = [
-        ("loss of 4,096 tokens, behind 256", lambda r: f"{r['short window']['loss of 4,096 tokens']:.3f}"),
+        ("loss of 4,096 tokens, past the first 256", lambda r: f"{r['short window']['loss of 4,096 tokens']:.3f}"),
         ("last 256 of 4,096 tokens only, cost", lambda r: cost(r, "cost of the last 256")),
         ("… with the first kept", lambda r: cost(r, "… and the first")),
         ("gates reset to open, cost", lambda r: cost(r, "cost of open gates")),

@@ -202,7 +202,7 @@ COLUMNS = (
     ("W4A4 cost, per token", "W4A4, per token", ".3f", ""),
     ("last 64 tokens only", "short_window", "+.3f", ""),
     ("… and the first", "short_window_and_first", "+.3f", ""),
-    ("loss behind 2,048 tokens", "far", ".4f", "percent"),
+    ("loss past 2,048 tokens", "far", ".4f", "percent"),
     ("… of passages that come back", "recalled", ".4f", "percent"),
 )
 
@@ -242,6 +242,7 @@ def table(records: list[dict]) -> str:
         name = f"*{record['model']}* ({record['machine']})" if record is base else record["recipe"]
         name += f", seed {record['seed']}" if record["seed"] else ""
         name += f", {record['gate_type']}" if record["gate_type"] != BEFORE["gate_type"] else ""
+        name += f" ({record['machine']})" if record["machine"] != base["machine"] else ""
         cells = [cell(record, base, *column) for _, *column in COLUMNS]
         wikitext = record.get("wikitext")
         if wikitext is not None:

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from gated_llama.checkpoints.card import is_hub_id
 from gated_llama.errors import UserError, first_line
 
 
@@ -72,11 +74,32 @@ def read_documents(sources: Iterable[str | Path]) -> list[Document]:
         path = Path(source)
         if path.suffix == ".jsonl":
             documents += _read_lines(path)
-        elif path.exists() or path.suffix:
+        elif path.exists() or (path.suffix and not is_hub_id(str(source).partition(":")[0])):
             documents.append(Document(_read_text(path), str(path)))
         else:
             documents += _read_hub(str(source))
     return documents
+
+
+def digest_of(documents: Iterable[Document]) -> str:
+    """Hexadecimal digits that stand for these texts in this order, so that a run is gone on with on the same."""
+    found = sha256()
+    for document in documents:
+        found.update(json.dumps(document.content).encode() + b"\n")
+    return found.hexdigest()[:12]
+
+
+def check_tokens(largest: int, vocabulary: int) -> None:
+    """
+    Check that a model with so many embeddings has the `largest` of some token ids.
+
+    Raises:
+        UserError: it does not.
+    """
+    if largest >= vocabulary:
+        raise UserError(
+            f"the tokenizer made token {int(largest)}, and the model has {vocabulary}: it is another model's tokenizer."
+        )
 
 
 def _read_text(path: Path) -> str:

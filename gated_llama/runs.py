@@ -12,6 +12,17 @@ from gated_llama.checkpoints.folder import read_json
 from gated_llama.errors import UserError
 
 
+def check_seed(seed: int) -> None:
+    """
+    Check that every generator of random numbers takes `seed`.
+
+    Raises:
+        UserError: NumPy's does not.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be from 0 to {2**32 - 1:,}, not {seed}.")
+
+
 def begin_record(record: Path, asked: dict) -> None:
     """Write it into the folder of a new run, which is made if need be."""
     versions = {"gated_llama": __version__, "transformers": transformers.__version__, "torch": torch.__version__}

@@ -3,7 +3,9 @@
 
 import argparse
 import importlib
+import signal
 import sys
+from contextlib import suppress
 
 from gated_llama import __version__
 
@@ -51,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen command: 0 done; 1 a verification failed; 2 the input or the environment is at fault."""
     from gated_llama.errors import UserError, VerificationError
 
+    with suppress(ValueError):  # in a thread, which hears no signals
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send ends a run as Ctrl-C does
     for stream in (sys.stdout, sys.stderr):  # what an ASCII terminal cannot show, it shows as "?"
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -1,14 +1,15 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Move a checkpoint's attention sink into gates; if asked, calm its massive activations.
 
-Each step is measured on held-out text: with --calm-tokens all layers are distilled from the base with a penalty on
-massive states; keys, values and gates are fitted so that no head needs its sink, and with --damping 32 the neurons that
-make it massive write 32 times less, for whoever quantizes; gates are distilled from the base. Last, key heads get back
-what they were, until the loss rose by no more than --max-loss: on short texts, on rows like those that were fitted on,
-behind their length in longer texts, and on passages that come back. Where that would take all of them nothing is
-written. With --sliding-window every layer sees the last tokens only, for streams in constant memory; all of it is
-compared with the base that keeps its first four tokens as well, as StreamingLLM reads a stream, and no key head is
-given back. `accelerate launch` spreads the training over several processes.
+Each step is measured on held-out text. With --calm-tokens all layers are distilled from the base with a penalty on
+massive states. Then keys, values and gates are fitted so that no head needs its sink; with --damping 32 the neurons
+that make it massive write 32 times less, for whoever quantizes. Then gates are distilled from the base. Last, KV heads
+are restored until the loss rose by no more than --max-loss: on short texts, on rows like those that were fitted on,
+past their length in longer texts, and on passages that come back. Where that takes all of them nothing is written.
+
+With --sliding-window every layer sees the last tokens only, for streams in constant memory; all of it is compared with
+the base that keeps its first four tokens as well, as StreamingLLM reads a stream, and no KV head is restored.
+`accelerate launch` spreads the training over several processes.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 """Write a gated checkpoint in a format that others read.
 
 base: the Llama, Mistral, Mixtral or Qwen checkpoint it was converted from, while its gates are open. qwen3_5 and lfm3:
-Transformers' own Qwen3.5 text model, and its LFM3 for headwise gates behind QK norm; they run without custom code.
+Transformers' own Qwen3.5 text model, and its LFM3 for headwise gates with QK norm; they run without custom code.
 official: the paper authors' layout. gguf: for llama.cpp, of headwise gates without biases.
 """
 

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from gated_llama.checkpoints.folder import new_folder
+    from gated_llama.checkpoints.folder import new_folder, refuse_replacing
     from gated_llama.data import read_documents, token_windows
     from gated_llama.errors import UserError
     from gated_llama.inspection.measure import measure
@@ -46,6 +46,9 @@ def run(args: argparse.Namespace) -> None:
     if args.out:
         from gated_llama.checkpoints.measurements import read_measurements, write_measurements
         from gated_llama.inspection.page import chosen_head, draw
+
+        for source in filter(None, (args.model, args.compare, *args.text)):
+            refuse_replacing(source, args.out)
     elif args.head or args.force:
         raise UserError("--head and --force are of a page: give --out too.")
 

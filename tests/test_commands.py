@@ -184,6 +184,10 @@ def test_inspect_refuses_in_a_sentence(gated, tmp_path, capsys):
         assert main(["inspect", *arguments, *options]) == 2, (name, options)
         assert message in capsys.readouterr().err, (name, options)
     assert not (tmp_path / "page").exists()
+    for out in (tmp_path / "source", tmp_path):  # which the page would take the place of
+        assert main(["inspect", str(tmp_path / "source"), "--text", str(text), "--out", str(out), "--force"]) == 2
+        assert "source" in capsys.readouterr().err
+    assert (tmp_path / "source" / "config.json").exists()
 
 
 def test_merge(gated, tmp_path):

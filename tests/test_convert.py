@@ -24,7 +24,7 @@ import modeling_gated
 from configuration_gated import AUTO_MAP
 from fresh import run_command
 from gated_llama import UserError, VerificationError, convert_checkpoint, export_checkpoint
-from gated_llama.checkpoints.folder import copy_file
+from gated_llama.checkpoints.folder import copy_file, new_folder, work_folder
 from gated_llama.publish import check_loads, contents_to_publish
 from hub import local_hub
 from tiny import VARIANTS, published, source_model, token_ids, write_shards
@@ -357,7 +357,7 @@ def test_source_must_be_somewhere(tmp_path):
 @pytest.mark.parametrize("inside", [".", "inner", ".."])
 def test_output_and_source_must_not_hold_each_other(source, inside):
     before = hashes(source)
-    with pytest.raises(UserError, match=r"inside each other|is the source itself"):
+    with pytest.raises(UserError, match=r"lies inside|is the source itself"):
         convert(source, source / inside, force=True)
     assert hashes(source) == before
 
@@ -414,8 +414,16 @@ def test_what_a_killed_run_left_is_cleared_and_nothing_of_it_loads(source, tmp_p
     with pytest.raises(UserError, match="not empty"):  # the old output is back before anything is decided
         convert(source, output)
     assert hashes(output) == before and not partial.exists()
+    partial = tmp_path / f".gated.partial-{os.getpid()}"  # by a process of the same number, as in containers
+    partial.mkdir()
     convert(source, output, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Tiny-Llama", "gated"]
+
+
+def test_a_work_folder_of_this_process_is_not_cleared(tmp_path):
+    with work_folder(tmp_path / "gated", "dense") as dense, new_folder(tmp_path / "gated") as folder:
+        assert dense.is_dir() and folder.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["gated"]
 
 
 # --- verification ---------------------------------------------------------------------------------------------------

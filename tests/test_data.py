@@ -56,6 +56,8 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         read_documents([tmp_path / "latin.txt"])
     with pytest.raises(UserError, match=r"org/dataset is no file"):
         read_documents(["org/dataset"])
+    with pytest.raises(UserError, match=r"org/Open-2\.5:train is no file, and no dataset|for a dataset of the Hub"):
+        read_documents(["org/Open-2.5:train"])
 
 
 def test_conversations_are_written_by_the_chat_template():

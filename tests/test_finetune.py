@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,11 +32,12 @@ from gated_llama.checkpoints.folder import GATES_NAME
 from gated_llama.gates import gate_modules, is_gate
 from gated_llama.loading import load
 from gated_llama.scripts.cli import main
+from gated_llama.training import finetune as finetune_module
 from gated_llama.training.finetune import last_checkpoint
 from gated_llama.training.monitor import LossGuard, log_line
 from gated_llama.training.trainer import training_arguments
 from modeling_gated import GatedLlamaForCausalLM
-from tiny import gated_model, published, source_model, token_ids
+from tiny import gated_model, published, source_model, tiny_tokenizer, token_ids
 
 
 SENTENCE = "the grumpy cat sat on the mat, which was red"
@@ -63,6 +65,17 @@ def finetune(source, data, output, *, resume=False, link=False, **settings):
     quick = {name: value for name, value in QUICK.items() if name != "lr" or settings.get("train") != "gates"}
     settings = FinetuneSettings(**{**quick, **settings})
     return finetune_checkpoint(source, [data], output, settings, resume=resume, link=link, progress=False)
+
+
+def test_gates_of_a_checkpoint_with_the_keys_of_a_bare_model(tmp_path, data):
+    published(tmp_path / "source", source_model("llama", "Model", tie_word_embeddings=True), tokenizer=True)
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    convert_checkpoint(tmp_path / "source", tmp_path / "gated", progress=False)
+    finetune(tmp_path / "gated", data, tmp_path / "run", train="gates")
+    made = load_file(tmp_path / "run" / GATES_NAME)
+    assert "layers.0.self_attn.attn_gate.proj.weight" in made and all(gate.any() for gate in made.values())
+    load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("way", ["lora", "gates", "full"])
@@ -239,6 +252,11 @@ def test_interrupted_runs_keep_the_last_whole_checkpoint(tmp_path, data, monkeyp
         finetune(source, data, tmp_path / "run", train="gates", gate_lr=0.5, resume=True)
     with pytest.raises(UserError, match=r"is not empty: .* --resume"):
         finetune(source, data, tmp_path / "run", train="gates")
+    text = data.read_text()
+    data.write_text(text + '{"text": "more"}\n')
+    with pytest.raises(UserError, match="began with digest of the text"):
+        finetune(source, data, tmp_path / "run", train="gates", resume=True)
+    data.write_text(text)
     finetune(source, data, tmp_path / "run", train="gates", resume=True)
     with pytest.raises(UserError, match="is finished"):
         finetune(source, data, tmp_path / "run", train="gates", resume=True)
@@ -298,6 +316,8 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, data):
     weights.write_bytes(content[:-9])
     assert last_checkpoint(folder).name == "checkpoint-4"
     weights.write_bytes(content)
+    shutil.copytree(folder / "checkpoint-8", folder / "checkpoint-9-mine")
+    assert last_checkpoint(folder).name == "checkpoint-8"
     (folder / "checkpoint-8" / "rng_state.pth").unlink()
     assert last_checkpoint(folder).name == "checkpoint-4"
     (folder / "checkpoint-4" / "trainer_state.json").write_text("{")
@@ -365,6 +385,7 @@ def test_a_diverged_loss_ends_the_run():
         ({"train": "gates", "lr": 1e-4}, "lr has no say with train='gates'"),
         ({"train": "full", "lora_mlp": True}, "lora_mlp has no say with train='full'"),
         ({"length": 10_000}, "fill no row of 10000"),
+        ({"seed": -1}, "seed must be from 0 to"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, data, settings, message):
@@ -372,6 +393,31 @@ def test_settings_that_cannot_be(tmp_path, data, settings, message):
     with pytest.raises(UserError, match=message):
         finetune(source, data, tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_sharding_is_refused_where_transformers_has_none(monkeypatch):
+    FinetuneSettings(train="full", fsdp_size=2).check()
+    monkeypatch.setattr(finetune_module, "PreTrainedModel", object)
+    with pytest.raises(UserError, match="cannot train sharded weights: take a newer one"):
+        FinetuneSettings(train="full", fsdp_size=2).check()
+
+
+def test_tokens_that_the_model_does_not_have(tmp_path, data):
+    """Its padding token is passed over, as where a tokenizer's was added; any other is refused."""
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    published(tmp_path / "source", source_model(vocab_size=size))
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    tokenizer.save_pretrained(tmp_path / "source")
+    source = tmp_path / "gated"
+    convert_checkpoint(tmp_path / "source", source, progress=False)
+    said = []
+    settings = FinetuneSettings(**{**QUICK, "packing": False})
+    finetune_checkpoint(source, [data], tmp_path / "run", settings, progress=False, announce=said.append)
+    assert any("padding token that the model knows: rows are padded with " in line for line in said)
+    data.write_text('{"text": "the cat <added>"}\n' * 60)
+    with pytest.raises(UserError, match=f"made token {size}, and the model has {size}"):
+        finetune(source, data, tmp_path / "other")
 
 
 # --- watching
@@ -460,7 +506,8 @@ def test_the_monitor_serves_any_trainer(tmp_path):
     assert monitor.drift is not None
 
 
-def test_ctrl_c_of_the_command(tmp_path, data):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_kill_of_the_command(tmp_path, data, sent):
     source = converted(tmp_path)
     command = [sys.executable, "-m", "gated_llama.scripts.finetune_model", source, "--data", data]
     command += ["--out", tmp_path / "run", "--train", "gates", "--steps", "100000", "--save-steps", "5"]
@@ -470,7 +517,7 @@ def test_ctrl_c_of_the_command(tmp_path, data):
     with subprocess.Popen(command, preexec_fn=heard, **pipes) as running:
         while running.poll() is None and not list((tmp_path / "run").glob("checkpoints/checkpoint-1*")):
             time.sleep(0.1)
-        os.kill(running.pid, signal.SIGINT)
+        os.kill(running.pid, sent)
         _, errors = running.communicate()
     assert running.returncode == 2
     assert "interrupted after step" in errors and "--resume" in errors and "Traceback" not in errors

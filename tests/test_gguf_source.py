@@ -159,7 +159,22 @@ def test_a_file_that_is_none_and_options_that_do_not_fit(tmp_path, capsys):
     ):
         assert main(["convert", *map(str, arguments[:1]), str(tmp_path / "out"), *arguments[1:]]) == 2
         assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["text.gguf"]
+    whole = tmp_path / "tiny.gguf"
+    write_gguf(whole, source_model("llama", **SIZES), "llama")
+    (tmp_path / "cut.gguf").write_bytes(whole.read_bytes()[:40])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for arguments, message in (
+        ([tmp_path / "cut.gguf", tmp_path / "new"], "cut.gguf cannot be read as a GGUF"),
+        ([whole, tmp_path / "out"], "is not empty"),
+        ([whole, tmp_path, "--force"], "tiny.gguf lies inside"),
+        ([tmp_path, tmp_path, "--gguf-file", "tiny.gguf", "--force"], "tiny.gguf lies inside"),
+        ([whole, "/proc/out"], "nothing was written"),
+    ):
+        assert main(["convert", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
 def test_from_a_folder_and_from_the_hub(tmp_path, run_python):

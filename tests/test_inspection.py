@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from gated_llama import UserError, measure
 from gated_llama.inspection import collectors
@@ -252,8 +253,12 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     model = source_model("llama")
     with pytest.raises(UserError, match="windows of 1 tokens are too short"):
         measured(model, WINDOWS[:, :1])
-    with pytest.raises(UserError, match=rf"token {VOCAB}, and the model has {VOCAB}: it is not this model's"):
+    with pytest.raises(UserError, match=rf"token {VOCAB}, and the model has {VOCAB}: it is another model's"):
         measured(model, WINDOWS + VOCAB - WINDOWS.max())
+    tiny = {"vocab_size": VOCAB, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    for other in (GPT2LMHeadModel(GPT2Config(**tiny)), PhiForCausalLM(PhiConfig(**tiny, intermediate_size=8))):
+        with pytest.raises(UserError, match=r"are not built as Llama's"):
+            measured(other)
     with monkeypatch.context() as patch:
         patch.setattr(model.model, "forward", out_of_memory)
         with pytest.raises(UserError, match="out of memory with 1 windows of 90 tokens at once"):

@@ -79,7 +79,7 @@ def test_what_cannot_be_merged_is_refused(base, tmp_path):
     with pytest.raises(UserError, match="prompt cannot be merged into its base"):
         merge_adapter(tmp_path / "prompt", out, progress=False)
     adapter_of(base, tmp_path / "adapter")
-    with pytest.raises(UserError, match="lie inside each other"):
+    with pytest.raises(UserError, match="lies inside"):
         merge_adapter(tmp_path / "adapter", tmp_path / "adapter" / "merged")
     own = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     own["base_model_name_or_path"] = str(tmp_path / "source")

@@ -85,7 +85,7 @@ def test_it_draws_again_without_a_model_and_plain_models_alone(tmp_path, measure
 
 
 def test_what_is_no_measurement_is_refused(tmp_path):
-    for content in ("{", "{}", "[1]", '[{"loss": 1}]'):
+    for content in ("{", "{}", "[]", "[1]", '[{"loss": 1}]', '[{"attention": {}}]'):
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(UserError, match=r"x\.json (cannot be read as|holds no) measurements"):
             read_measurements([tmp_path / "x.json"])

@@ -67,9 +67,9 @@ def test_load_finetune_look(tmp_path, monkeypatch, capsys):
     assert len(commands) == 1
     assert main(commands[0].split()[1:]) == 0
     namespace = {}
-    for name in ("load", "look", "finetune"):
+    for name in ("load", "look", "finetune", "scratch"):
         exec(compile(snippets("python")[name], f"README.md ({name})", "exec"), namespace)
-    assert set(snippets("python")) == {"load", "look", "finetune"}
+    assert set(snippets("python")) == {"load", "look", "finetune", "scratch"}
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert "GateStatistics(" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,11 +13,12 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tqdm import tqdm
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gated_llama import DesinkSettings, desink_checkpoint, gated_lora_config
 from gated_llama.checkpoints.folder import new_folder
-from gated_llama.data import PASSAGE, with_returns
+from gated_llama.data import PASSAGE, read_documents, with_returns
 from gated_llama.errors import UserError, VerificationError
 from gated_llama.inspection.attention import capture_attention
 from gated_llama.inspection.quantization import quantized
@@ -25,12 +27,15 @@ from gated_llama.sinks import recipe
 from gated_llama.sinks.budget import undo_fewest, weights_of_attention
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import judge, losses
-from gated_llama.sinks.key_heads import KeyHeads
+from gated_llama.sinks.kv_heads import KVHeads
 from gated_llama.sinks.layers import Lengths, attend, rotary_of, sink_tokens, state_lengths
 from gated_llama.sinks.move import MoveSettings, _LayerEdit, add_biases, move_sinks
 from gated_llama.sinks.stream import keeping_first, last_tokens, let_slide
+from gated_llama.sinks.unfinished import Unfinished
+from gated_llama.sinks.windows import Windows
+from hub import local_hub
 from modeling_gated import GatedLlamaForCausalLM
-from tiny import gated_model, published, source_model, tiny_tokenizer, token_ids
+from tiny import VOCAB, gated_model, published, source_model, tiny_tokenizer, token_ids
 
 
 TOKENS = 17
@@ -41,8 +46,8 @@ ROUGH = replace(EXACT, ridge=0.3, max_error=9.0, outputs=True)  # which leaves `
 VARIANTS = {
     "headwise": {},
     "elementwise": {"gate_type": "elementwise"},
-    "a key head each": {"num_key_value_heads": 6},
-    "one key head": {"num_key_value_heads": 1},
+    "a KV head each": {"num_key_value_heads": 6},
+    "one KV head": {"num_key_value_heads": 1},
     "QK norm": {"use_qk_norm": True},
     "biases": {"attention_bias": True},
     "trained gates": {"trained": True, "gate_bias": True},
@@ -278,7 +283,7 @@ def test_a_head_that_no_gate_fits_keeps_the_sink_that_was_damped(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_head_that_is_given_back_has_the_sink_that_was_damped():
+def test_a_head_that_is_restored_has_the_sink_that_was_damped():
     base, ids, differ = with_a_writer(), windows(count=10), []
     model = copy.deepcopy(base)
     found = move_sinks(model, windows(), replace(DAMPED, max_error=9.0))
@@ -286,10 +291,10 @@ def test_a_head_that_is_given_back_has_the_sink_that_was_damped():
     raw = [weights_of_attention(layer) for layer in base.model.layers]
     assert all(fit.moved for fit in found.heads if fit.layer == 1)
     for unmoved in (found.unmoved, raw):
-        heads = KeyHeads(model, unmoved, ids, torch.float64)
-        heads.give_back(heads.each)
+        heads = KVHeads(model, unmoved, ids, torch.float64)
+        heads.restore(heads.each)
         differ.append((model(ids).logits - base(ids).logits)[:, 1:].abs().max())
-        heads.give_back(())
+        heads.restore(())
     assert differ[0] < 1e-3 < 1e-2 < differ[1]
 
 
@@ -307,7 +312,7 @@ def test_damping_that_costs_too_much_is_done_without():
 def test_heads_without_a_sink_or_a_fit_stay_as_they_are():
     model = with_sinks()
     keys = model.model.layers[0].self_attn.k_proj.weight
-    keys[6:] = -keys[6:]  # the second key head repels
+    keys[6:] = -keys[6:]  # the second KV head repels
     before = copy.deepcopy(model)
     found = moved(model)
     assert [fit.moved for fit in found.heads] == [True] * 3 + [False] * 3
@@ -351,18 +356,18 @@ def test_layers_are_undone_until_the_budget_is_kept():
 
 @pytest.mark.parametrize(("hidden", "settings", "times"), [(False, EXACT, 4), (True, EXACT, 4), (False, ROUGH, 2)])
 @torch.no_grad()
-def test_a_key_head_that_is_given_back_is_what_it_was(hidden, settings, times):
+def test_a_kv_head_that_is_restored_is_what_it_was(hidden, settings, times):
     model = with_sinks(hidden=hidden)
     before = copy.deepcopy(model)
     add_biases(before)
     unmoved = [weights_of_attention(layer) for layer in before.model.layers]
     moved(model, settings=settings)
     changed, made = difference(model, before), copy.deepcopy(model.state_dict())
-    heads = KeyHeads(model, unmoved, windows(), torch.float64)
+    heads = KVHeads(model, unmoved, windows(), torch.float64)
     assert heads.moved() == [(0, 0), (0, 1)] and heads.said([(0, 1)]) == "layer 0 (1)" and heads.said(()) == ""
-    heads.give_back([(0, 1)])
+    heads.restore([(0, 1)])
     attention, was = model.model.layers[0].self_attn, before.model.layers[0].self_attn
-    assert heads.moved() == [(0, 0), (0, 1)]  # as they were made, whatever is given back
+    assert heads.moved() == [(0, 0), (0, 1)]  # as they were made, whatever is restored
     assert torch.equal(attention.o_proj.weight[:, 18:], was.o_proj.weight[:, 18:])
     assert not attention.attn_gate.proj.weight[3:].any() and attention.attn_gate.proj.weight[:3].any()
     assert not attention.v_proj.bias[6:].any() and attention.v_proj.bias[:6].any()
@@ -370,15 +375,15 @@ def test_a_key_head_that_is_given_back_is_what_it_was(hidden, settings, times):
     if not hidden:  # such a sink has next to no value
         attention.o_proj.bias.copy_(made["model.layers.0.self_attn.o_proj.bias"])  # as if it did not stand for values
         assert difference(model, before) > times * changed
-    heads.give_back([(0, 0), (0, 1)])
+    heads.restore([(0, 0), (0, 1)])
     assert difference(model, before) == 0 and heads.said([(0, 0), (0, 1)]) == "layer 0"
-    heads.give_back(())
+    heads.restore(())
     assert all(torch.equal(value, made[name]) for name, value in model.state_dict().items())
 
 
 @torch.no_grad()
-def test_what_a_key_head_costs_is_what_giving_it_back_saves(monkeypatch):
-    monkeypatch.setattr(KeyHeads, "_mean_inputs", lambda self: [torch.zeros(36)] * 3)  # this edit left biases alone
+def test_what_a_kv_head_costs_is_what_restoring_it_saves(monkeypatch):
+    monkeypatch.setattr(KVHeads, "_mean_inputs", lambda self: [torch.zeros(36)] * 3)  # this edit left biases alone
     base = gated_model(GatedLlamaForCausalLM, trained=False)
     base.lm_head.weight *= 10
     add_biases(base)
@@ -387,7 +392,7 @@ def test_what_a_key_head_costs_is_what_giving_it_back_saves(monkeypatch):
         edited.model.layers[number].self_attn.o_proj.weight[:, columns] *= factor
         edited.model.layers[number].self_attn.k_proj.weight *= 1.01
     made = copy.deepcopy(edited.state_dict())
-    heads = KeyHeads(edited, before, token_ids(2, 30), torch.float32)
+    heads = KVHeads(edited, before, token_ids(2, 30), torch.float32)
     moved = heads.moved()
     assert moved == [(0, 0), (0, 1), (2, 0), (2, 1)]
     assert heads.divergence_saved(base, [(1, 0)]) == {(1, 0): 0}
@@ -716,16 +721,46 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(plain, capsys, monkeypat
         assert main(["desink", str(plain / "plain"), str(stopped), *arguments, *resumed]) == 2
         assert "interrupted: --resume goes on" in capsys.readouterr().err and not stopped.exists()
     monkeypatch.undo()
+    text = (plain / "text.jsonl").read_text()
     for options, said in (
         (["--resume", "--seed", "1"], "began with seed 0, not 1"),
         ([], "is what a stopped run left"),
+        (["--resume"], "began with digest of the text"),
     ):
+        if said.endswith("of the text"):
+            (plain / "text.jsonl").write_text(text + '{"text": "more"}\n')
         assert main(["desink", str(plain / "plain"), str(stopped), *arguments, *options]) == 2
         assert said in capsys.readouterr().err
+    (plain / "text.jsonl").write_text(text)
     assert main(["desink", str(plain / "plain"), str(stopped), *arguments, "--resume"]) == 0
     made = load_file(stopped / "model.safetensors")
     assert made.keys() == weights.keys() and all(torch.equal(made[name], weights[name]) for name in weights)
     assert not (plain / "stopped.unfinished").exists()
+
+
+def test_a_model_of_the_hub_keeps_its_name(plain, tmp_path, run_python):
+    shutil.copytree(plain / "plain", tmp_path / "hub" / "org" / "plain")
+    with local_hub(tmp_path / "hub") as environment:
+        done = run_python(
+            f"""
+            from gated_llama.scripts.cli import main
+            text, small = {str(plain / "text.jsonl")!r}, {SMALL}
+            main(["desink", "org/plain", {str(tmp_path / "out")!r}, "--text", text, *small, "--max-loss", "900%"])
+            """,
+            environment=environment,
+        )
+    assert done.returncode == 0 and (tmp_path / "out").exists(), done.stderr
+    made = json.loads((tmp_path / "out" / "config.json").read_text())["conversion"]
+    assert (made["source"], len(made["revision"])) == ("org/plain", 40)
+
+
+def test_processes_that_do_not_write_tell_what_memory_is_for(plain, monkeypatch):
+    monkeypatch.setattr("gated_llama.sinks.unfinished.process_of", lambda: (1, 2))
+    run = Unfinished(plain / "other")
+    said = pytest.raises(UserError, match="out of memory: give a smaller --length")
+    with said, run.opened({}, resume=False, force=False):
+        raise torch.OutOfMemoryError
+    assert not run.folder.exists()
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
@@ -769,7 +804,7 @@ def test_a_resumed_run_heals_with_the_penalty_that_it_began_with(plain, monkeypa
     wrong = MoveSettings(min_sink=0.0, max_error=1e9)
     monkeypatch.setattr(recipe, "move_sinks", lambda model, ids, settings, **kw: real(model, ids, wrong, **kw))
     settings = DesinkSettings(
-        max_loss=9.0, calm_tokens=calm_tokens, move_tokens=512, heal_tokens=128, length=128, judged_windows=2
+        max_loss=9.0, calm_tokens=calm_tokens, move_tokens=512, heal_tokens=128, length=128, judged_tokens=256
     )
     output = plain / f"penalty-{calm_tokens}"
     run = partial(desink_checkpoint, plain / "plain", [plain / "text.jsonl"], output, settings, progress=False)
@@ -787,15 +822,15 @@ def test_a_budget_that_is_not_kept_leaves_nothing(plain, capsys, monkeypatch):
         return []
 
     monkeypatch.setattr("gated_llama.sinks.recipe.distil", ruin)
-    arguments = [str(plain / "plain"), str(plain / "none"), "--text", str(plain / "text.jsonl"), *SMALL]
-    assert main(["desink", *arguments, "--calm-only"]) == 1
+    arguments = [str(plain / "plain"), str(plain / "none"), "--text", str(plain / "text.jsonl"), "--length", "128"]
+    assert main(["desink", *arguments, "--calm-only", "--calm-tokens", "512"]) == 1
     assert "every step cost more than 1.00% of loss" in capsys.readouterr().err
     assert not (plain / "none").exists() and not list(plain.glob(".*")) and not list(plain.glob("none*"))
 
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("far", "behind the rows' length"), ("recalled", "of passages that come back"), ("short", "of short texts")],
+    [("far", "past the rows' length"), ("recalled", "of passages that come back"), ("short", "of short texts")],
 )
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
 def test_a_model_that_forgot_to_look_back_is_not_returned(plain, monkeypatch, name, what):
@@ -844,11 +879,11 @@ def test_healing_is_kept_that_makes_more_good_than_it_costs(plain, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("budget", "given_back"), [(9.0, None), (1.5, "1 of 6: layer 1 (1)"), (0.5, "2 of 6: layer 1"), (0.05, "all")]
+    ("budget", "restored"), [(9.0, None), (1.5, "1 of 6: layer 1 (1)"), (0.5, "2 of 6: layer 1"), (0.05, "all")]
 )
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
-def test_key_heads_that_cost_too_much_are_given_back(plain, monkeypatch, budget, given_back):
-    """Of a model whose loss tells which key heads are not as they were, those of layer 1 above all."""
+def test_kv_heads_that_cost_too_much_are_restored(plain, monkeypatch, budget, restored):
+    """Of a model whose loss tells which KV heads are not as they were, those of layer 1 above all."""
     old = load_file(plain / "plain" / "model.safetensors")
     real_move, real_judge = recipe.move_sinks, recipe.Windows.judge
 
@@ -876,31 +911,31 @@ def test_key_heads_that_cost_too_much_are_given_back(plain, monkeypatch, budget,
     dearest = {(1, 0): 1e3, (1, 1): 1e6}
     monkeypatch.setattr(recipe, "move_sinks", move)
     monkeypatch.setattr(
-        KeyHeads, "divergence_saved", lambda self, base, heads, **keywords: {h: dearest.get(h, 0.0) for h in heads}
+        KVHeads, "divergence_saved", lambda self, base, heads, **keywords: {h: dearest.get(h, 0.0) for h in heads}
     )
     monkeypatch.setattr(recipe.Windows, "loss", loss)
     monkeypatch.setattr(recipe.Windows, "judge", judged)
     settings = DesinkSettings(max_loss=budget, move_tokens=512, heal_tokens=0, length=128)
     output = plain / f"given-back-{budget}"
     run = partial(desink_checkpoint, plain / "plain", [plain / "text.jsonl"], output, settings, progress=False)
-    if given_back == "all":
-        with pytest.raises(VerificationError, match="to move the sink of any key head costs more than"):
+    if restored == "all":
+        with pytest.raises(VerificationError, match="to move the sink of any KV head costs more than"):
             run()
         assert not list(plain.glob(f"{output.name}*"))
         return
     result = run()
-    assert [step.note for step in result.steps] == ([""] if given_back is None else ["", given_back])
+    assert [step.note for step in result.steps] == ([""] if restored is None else ["", restored])
     made = load_file(output / "model.safetensors")
     changed = [is_changed(made, 1, head) for head in range(2)]
     assert changed == {9.0: [True, True], 1.5: [True, False], 0.5: [False, False]}[budget]
     assert all(is_changed(made, number, head) for number in (0, 2) for head in range(2))
     card = (output / "README.md").read_text()
-    assert (f"| key heads given back: {given_back} |" in card) == (given_back is not None)
+    assert (f"| KV heads restored: {restored} |" in card) == (restored is not None)
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
 def test_a_model_from_which_no_sink_was_moved_is_not_returned(plain, monkeypatch):
-    settings = DesinkSettings(move_tokens=512, heal_tokens=128, length=128, batch_size=2, judged_windows=4)
+    settings = DesinkSettings(move_tokens=512, heal_tokens=128, length=128, batch_size=2, judged_tokens=512)
     real = recipe.move_sinks
     none = MoveSettings(min_sink=2.0)
     monkeypatch.setattr(recipe, "move_sinks", lambda model, ids, settings, **kw: real(model, ids, none, **kw))
@@ -922,17 +957,25 @@ def test_passages_come_back_in_another_order():
     assert len({tuple(row.tolist()) for row in again}) > 1
 
 
+def windows_of(plain, settings, longest, progress=False, vocabulary=VOCAB, tokenizer=None) -> Windows:
+    documents = read_documents([plain / "text.jsonl"])
+    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=longest)
+    return Windows(tokenizer or tiny_tokenizer(), documents, settings, config, progress)
+
+
 def test_texts_begin_with_tokens_that_the_tokenizer_has_and_end_where_the_model_does(plain):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"unk_token": "<pad>"})
     settings = DesinkSettings(length=128)
     for longest in (300, 10_000):  # of 512, which four rows have
-        windows = recipe.Windows(tokenizer, [str(plain / "text.jsonl")], settings, longest, False)
+        windows = windows_of(plain, settings, longest)
         assert windows.beginnings == [1, 2] and windows.far.shape[1] == min(longest, len(windows.held_out) - 1)
+    with pytest.raises(UserError, match=r"the model has 9: it is another model's tokenizer"):
+        windows_of(plain, settings, longest, vocabulary=9)
 
 
 def test_half_of_what_is_fitted_on_has_passages_that_come_back(plain):
-    windows = recipe.Windows(tiny_tokenizer(), [str(plain / "text.jsonl")], DesinkSettings(length=128), 256, False)
+    windows = windows_of(plain, DesinkSettings(length=128), 256)
     rows = windows.cut(8 * 128, "some")
     assert all(row[0] in windows.beginnings for row in rows[::2])
     assert [torch.equal(row[64:], row[:64]) for row in rows[1::2]] == [False, True, False, True]  # one passage
@@ -941,7 +984,7 @@ def test_half_of_what_is_fitted_on_has_passages_that_come_back(plain):
 @pytest.mark.parametrize(("length", "lengths"), [(2_048, {2_048: 8, 512: 16, 128: 64}), (128, {128: 128, 64: 256})])
 def test_steps_of_training_have_rows_of_several_lengths(plain, length, lengths):
     """Half of the tokens in the longest, spread evenly; and a row for each process however few tokens are asked for."""
-    windows = recipe.Windows(tiny_tokenizer(), [str(plain / "text.jsonl")], DesinkSettings(length=128), 512, False)
+    windows = windows_of(plain, DesinkSettings(length=128), 512)
     windows.length = length
     batches = windows.batches(16 * 2 * 2_048, "some", 2)
     assert all(len(ids) == 2 for ids in batches)
@@ -956,8 +999,8 @@ def test_steps_of_training_have_rows_of_several_lengths(plain, length, lengths):
 def test_a_bar_changes_nothing_that_is_measured(plain, monkeypatch, capsys):
     model = gated_model(GatedLlamaForCausalLM)
     monkeypatch.setattr("gated_llama.sinks.windows.tqdm", partial(tqdm, mininterval=0))  # drawn at each forward
-    given = (tiny_tokenizer(), [str(plain / "text.jsonl")], DesinkSettings(length=128), 256)
-    found = [recipe.Windows(*given, progress).judge(model) for progress in (False, True)]
+    settings = DesinkSettings(length=128)
+    found = [windows_of(plain, settings, 256, progress).judge(model) for progress in (False, True)]
     assert found[0] == found[1] and "measuring" in capsys.readouterr().err
 
 
@@ -972,10 +1015,21 @@ def test_the_command_refuses_in_a_sentence(plain, capsys):
         ([str(plain / "text.jsonl"), "--length", "100"], "length must be at least 128"),
         ([str(plain / "text.jsonl"), "--move-tokens", "100"], "at least two rows"),
         ([str(plain / "text.jsonl"), "--damping", "0"], "damping must be 1 or more, not 0.0"),
+        ([str(plain / "text.jsonl"), "--seed", "-1"], "seed must be from 0 to 4,294,967,295, not -1"),
+        ([str(plain / "text.jsonl"), "--calm-only", "--calm-tokens", "9", "--damping", "32"], "damping has no say"),
     ):
-        if said:
-            assert main(["desink", str(plain / "plain"), str(plain / "no"), "--quiet", "--text", *arguments]) == 2
-            assert said in capsys.readouterr().err
+        assert main(["desink", str(plain / "plain"), str(plain / "no"), "--quiet", "--text", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    (plain / "texts").mkdir()
+    (plain / "texts" / "a.txt").write_text("the cat")
+    half = published(plain / "half", gated_model(GatedLlamaForCausalLM, gate_strength=0.5), tokenizer=True)
+    for arguments, said in (
+        ([plain / "plain", plain / "texts", "--text", plain / "texts" / "a.txt", "--force"], "a.txt lies inside"),
+        ([half, plain / "no", "--text", plain / "text.jsonl"], "act at a part of their strength"),
+    ):
+        assert main(["desink", *map(str, arguments)]) == 2
+        assert said in capsys.readouterr().err
+    assert (plain / "texts" / "a.txt").exists()
     assert not (plain / "no").exists() and not (plain / "no.unfinished").exists()
 
 

@@ -399,18 +399,30 @@ def link_file(source: Path, target: Path) -> None:
     target.symlink_to(source.resolve())
 
 
-def refuse_nesting(source: Path, output: Path) -> None:
+def refuse_replacing(source: str | os.PathLike, output: str | os.PathLike) -> None:
+    """
+    Check that a new `output` would not take the file or folder `source` away.
+
+    Raises:
+        UserError: `output` is the source, or a folder around it.
+    """
+    source, output = Path(os.path.realpath(source)), Path(os.path.realpath(output))
+    if source == output:
+        raise UserError(f"{output} is the source itself: give another folder for the output.")
+    if output in source.parents:
+        raise UserError(f"the source {source} lies inside {output}: give an output elsewhere.")
+
+
+def refuse_nesting(source: str | os.PathLike, output: str | os.PathLike) -> None:
     """
     Check that neither folder is, or lies inside, the other.
 
     Raises:
         UserError: one is the other, or lies inside it.
     """
-    source, output = Path(os.path.realpath(source)), Path(os.path.realpath(output))
-    if source == output:
-        raise UserError(f"{output} is the source itself: give another folder for the output.")
-    if source in output.parents or output in source.parents:
-        raise UserError(f"{output} and the source {source} lie inside each other: give an output elsewhere.")
+    refuse_replacing(source, output)
+    if Path(os.path.realpath(source)) in Path(os.path.realpath(output)).parents:
+        raise UserError(f"{output} lies inside the source {source}: give an output elsewhere.")
 
 
 @contextmanager
@@ -424,21 +436,9 @@ def new_folder(output: str | os.PathLike, *, force: bool = False) -> Iterator[Pa
             could not be read or written.
     """
     output = Path(os.path.realpath(output))
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file: give a folder to write.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _clear_remains(output)
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; nothing was written.") from error
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise UserError(f"{output} is not empty: give another folder, or --force to replace it.")
-
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    try:
-        partial.mkdir()
+    with work_folder(output, "partial", force=force) as partial:
         yield partial
+        old = output.with_name(f".{output.name}.old-{os.getpid()}")
         if output.exists():
             output.rename(old)
         try:
@@ -447,20 +447,46 @@ def new_folder(output: str | os.PathLike, *, force: bool = False) -> Iterator[Pa
             if old.exists():
                 old.rename(output)
             raise
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{getattr(error, 'filename', None) or output}: {reason}; nothing was written.") from error
-        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def work_folder(output: Path, kind: str, *, force: bool = False) -> Iterator[Path]:
+    """
+    Context manager: a hidden folder beside an `output` that may be written, gone at the end. What killed runs left is
+    cleared first.
+
+    Raises:
+        UserError: as [`new_folder`] does.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file: give a folder to write.")
+    folder = output.with_name(f".{output.name}.{kind}-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _clear_remains(output)
+        if output.is_dir() and any(output.iterdir()) and not force:
+            raise UserError(f"{output} is not empty: give another folder, or --force to replace it.")
+        _in_use.add(folder)
+        folder.mkdir()
+        yield folder
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{getattr(error, 'filename', None) or output}: {reason}; nothing was written.") from error
+    finally:
+        _in_use.discard(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+_in_use: set[Path] = set()  # work folders of this process
 
 
 def _clear_remains(output: Path) -> None:
     """Clean up after a killed run: put back an old output that had been moved away, delete the rest."""
     for path in output.parent.iterdir():
-        match = re.fullmatch(rf"\.{re.escape(output.name)}\.(partial|old)-(\d+)", path.name)
-        if match is None or psutil.pid_exists(int(match[2])):
+        match = re.fullmatch(rf"\.{re.escape(output.name)}\.(dense|partial|old)-(\d+)", path.name)
+        # In a container the next run often has the number of the one that was killed.
+        if match is None or path in _in_use or (int(match[2]) != os.getpid() and psutil.pid_exists(int(match[2]))):
             continue
         if match[1] == "old" and not output.exists():
             path.rename(output)

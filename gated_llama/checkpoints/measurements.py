@@ -11,6 +11,7 @@ from gated_llama.errors import UserError
 
 
 MEASUREMENTS_NAME = "measurements.json"
+WANTED = {"model", "windows", "length", "loss", "attention", "activations", "gates", "sentence", "without_gates"}
 INSPECTION = Path("inspection", MEASUREMENTS_NAME)  # where a checkpoint's own are, by `--out FOLDER/inspection`
 
 
@@ -34,7 +35,8 @@ def read_measurements(paths: list[str | Path]) -> list[dict]:
             models = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as measurements: {error}.") from None
-        if not isinstance(models, list) or not all(isinstance(m, dict) and "attention" in m for m in models):
+        whole = isinstance(models, list) and models and all(isinstance(m, dict) and m.keys() >= WANTED for m in models)
+        if not whole:
             raise UserError(f"{path} holds no measurements: take a measurements.json of `gated-llama inspect --out`.")
         measured += models
     return measured

@@ -38,6 +38,7 @@ from gated_llama.checkpoints.folder import (
     new_folder,
     read_checkpoint,
     refuse_nesting,
+    refuse_replacing,
 )
 from gated_llama.checkpoints.shards import (
     DTYPE_NAMES,
@@ -150,7 +151,9 @@ def convert_checkpoint(
         return _convert(found, output, source_id, asked, written, **settings)
     if link:
         raise UserError("a GGUF has no weights to link to: leave --link out.")
-    with dequantized(source, gguf_file, revision, Path(output), written or torch.bfloat16) as found:
+    if Path(source).exists():
+        refuse_replacing(Path(source, gguf_file or ""), output)
+    with dequantized(source, gguf_file, revision, Path(output), written or torch.bfloat16, force=force) as found:
         return _convert(found, output, source_id, asked, written, **settings)
 
 

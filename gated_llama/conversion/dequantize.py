@@ -2,7 +2,6 @@
 """A GGUF as a source: Transformers reads it and makes its weights dense; what it would leave out is read here."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from gated_llama.checkpoints.folder import Source, hub_file
+from gated_llama.checkpoints.folder import Source, hub_file, work_folder
 from gated_llama.conversion.targets.gguf import rope_factors
 from gated_llama.conversion.verify import no_bars_of_transformers
 from gated_llama.errors import UserError, first_line
@@ -25,14 +24,20 @@ LLAMA3_FACTORS, LLAMA3_CONTEXT = (8.0, 32.0), 8192  # Llama 3.1 and 3.3; Llama 3
 
 @contextmanager
 def dequantized(
-    source: str | os.PathLike, gguf_file: str | None, revision: str | None, output: Path, dtype: torch.dtype
+    source: str | os.PathLike,
+    gguf_file: str | None,
+    revision: str | None,
+    output: Path,
+    dtype: torch.dtype,
+    *,
+    force: bool = False,
 ) -> Iterator[Source]:
     """
     In the block, a folder beside `output` with what is in a GGUF: the file `source`, or `gguf_file` in that folder or
     Hub repository.
 
     Raises:
-        UserError: there is none, or it cannot be read whole.
+        UserError: there is none, or it cannot be read whole; or `output` may not be written.
     """
     path, on_hub, commit = Path(source), False, None
     if gguf_file is None:
@@ -44,9 +49,7 @@ def dequantized(
         raise UserError(f"{source} is local and has no revision {revision!r}: leave --revision out.")
     if not (path / gguf_file).is_file():
         raise UserError(f"{path / gguf_file} is no file.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.dense.", dir=output.parent) as work:
-        folder = Path(work)
+    with work_folder(Path(os.path.realpath(output)), "dense", force=force) as folder:
         quantized = dequantize(path / gguf_file, folder, dtype)
         yield Source(folder, str(source) if on_hub else gguf_file, commit, on_hub, gguf_file, quantized)
 
@@ -67,7 +70,7 @@ def dequantize(gguf: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) ->
         raise UserError("a GGUF is read with the gguf package: `pip install gguf`.") from error
     try:
         file = GGUFReader(gguf)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError, KeyError) as error:  # the last two of a file that was cut off
         raise UserError(f"{gguf} cannot be read as a GGUF: {first_line(error)}") from error
 
     def key(name: str, default=None):

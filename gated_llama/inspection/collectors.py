@@ -328,7 +328,7 @@ class MassiveTokens(Collector):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int):
         super().__init__(model, tokenizer, length)
         self.layers = decoder_layers(model)
-        # By token (None: the first of a window): times seen, positions, ratios before each MLP and behind it.
+        # By token (None: the first of a window): times seen, positions, ratios before each MLP and after it.
         self.found: dict[int | None, tuple] = {}
 
     @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gated_llama.data import check_tokens
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_modules
 from gated_llama.inspection.attention import capture_attention, decoder_layers, has_experts
@@ -74,11 +75,8 @@ def _measure(
         raise UserError(f"batch_size must be at least 1, not {batch_size}.")
     if length < 2:
         raise UserError(f"windows of {length} tokens are too short to measure: take at least 2.")
-    if windows.max() >= model.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"the tokenizer made token {int(windows.max())}, and the model has "
-            f"{model.get_input_embeddings().num_embeddings}: it is not this model's tokenizer."
-        )
+    check_tokens(windows.max(), model.get_input_embeddings().num_embeddings)
+    _check_layers(model)
     model.eval()
     gated = bool(gate_modules(model))
     collectors = {name: collector(model, tokenizer, length) for name, collector in COLLECTORS.items()}
@@ -93,7 +91,7 @@ def _measure(
                 collector.begin(part)
             states = last_states(model, part)
             losses += token_losses(model, states, part).sum(0)
-            trained += states[: len(compared) - len(trained), : compared.shape[1]]
+            trained += states[: len(compared) - len(trained), : compared.shape[1]].clone()  # not all of them
             for collector in collectors.values():
                 collector.end(part)
             bar.update(part.numel())
@@ -115,6 +113,17 @@ def _measure(
         without_gates=_without_gates(model, compared, trained) if len(compared) else None,
         quantization=_quantized(model, windows),
     )
+
+
+def _check_layers(model: PreTrainedModel) -> None:
+    def is_known(layer: nn.Module) -> bool:
+        return hasattr(layer.self_attn, "o_proj") and (has_experts(layer) or hasattr(layer.mlp, "down_proj"))
+
+    if sum(map(is_known, decoder_layers(model))) != getattr(model.config, "num_hidden_layers", None):
+        raise UserError(
+            f"the layers of {_name(model)} ({type(model).__name__}) are not built as Llama's, with self_attn.o_proj "
+            "and mlp.down_proj, so they are not measured."
+        )
 
 
 def _name(model: PreTrainedModel) -> str:

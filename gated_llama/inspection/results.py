@@ -52,7 +52,7 @@ class AttentionReport:
 @dataclass(frozen=True)
 class ActivationReport:
     """
-    Massive activations (Sun et al., arXiv 2402.17762) in the residual stream behind each layer, averaged over windows.
+    Massive activations (Sun et al., arXiv 2402.17762) in the residual stream after each layer, averaged over windows.
     M-Act (Qiu et al., Table 4) is the mean over layers of the largest.
     """
 
@@ -79,7 +79,7 @@ class MassiveToken:
     first: bool  # of its window; then the text is empty
     seen: int  # times it was massive
     positions: tuple[int, int]  # the least and the largest
-    ratios: list[float]  # its length over the median's behind each layer, a mean
+    ratios: list[float]  # its length over the median's after each layer, a mean
     written_by: str  # where it becomes massive, such as "the MLP of layer 11"
     removed_by: str | None  # where it is no longer
 

@@ -16,7 +16,7 @@ LOSSES = {  # that a budget holds for, by their fields of a `Judgement`, from th
     "short": "of short texts",
     "loss": "on held-out text",
     "recalled": "of passages that come back",
-    "far": "behind the rows' length",
+    "far": "past the rows' length",
 }
 
 Edit = TypeVar("Edit")

@@ -59,7 +59,7 @@ def choose_trained(model: PreTrainedModel, train: str, frozen: Sequence[str] = (
 def long_states(model: PreTrainedModel, lengths: Lengths, times: float) -> Iterator[Callable[[], torch.Tensor]]:
     """
     In the block, of the last forward: Σ ReLU(ln(|x| / τ))² over tokens and layers, a mean over rows, of the states
-    behind layers and of what `down_proj` reads; τ is so many times their median in the base, which has `lengths`.
+    after layers and of what `down_proj` reads; τ is so many times their median in the base, which has `lengths`.
     """
     limits = {what: values.tolist() for what, values in zip(("states", "inner"), lengths.limits(times), strict=True)}
     terms: list[torch.Tensor] = []
@@ -145,6 +145,7 @@ def distil(
             bar.set_postfix(loss=f"{found[-1][0]:.3f}", penalty=f"{found[-1][1]:.2f}")
             if state and rank == 0 and len(found) % max(1, len(batches) // 4) == 0:
                 _keep(state, model, optimizer, found)
+    optimizer.zero_grad()  # gradients of the last step would stay as long as the model
     model.eval()
     return found
 

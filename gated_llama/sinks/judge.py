@@ -38,7 +38,7 @@ class Judgement:
     penalties: dict[str, float]  # of quantization, simulated; by the names of `QUANTIZATIONS`
     short_window: float  # cost of seeing the last 64 tokens only, for queries from the 64th on
     short_window_and_first: float  # … and the first token, as StreamingLLM keeps it
-    far: float | None = None  # loss of what lies behind a row's length, in longer texts
+    far: float | None = None  # loss of what lies past a row's length, in longer texts
     recalled: float | None = None  # … of passages that come back, in texts twice as long as a row
     short: float | None = None  # … of short texts
 

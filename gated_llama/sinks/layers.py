@@ -90,7 +90,7 @@ def rotary_of(model: PreTrainedModel, states: torch.Tensor) -> tuple[torch.Tenso
 
 @dataclass(frozen=True)
 class Lengths:
-    """Norms, each (L, B, T): of the residual state behind every layer, and of the input of `down_proj`."""
+    """Norms, each (L, B, T): of the residual state after every layer, and of the input of `down_proj`."""
 
     states: torch.Tensor
     inner: torch.Tensor

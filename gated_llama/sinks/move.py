@@ -9,7 +9,7 @@ is added (a bias of `o_proj`), computes the same. The key that every query meets
 largely a function of the query's own hidden state, and that is what the gate reads.
 
 What makes a sink massive is a neuron or two of one MLP, which write next to nothing elsewhere. If asked for they are
-damped: what is left is still told from other tokens, by the key heads whose gates would not fit and which keep it.
+damped: what is left is still told from other tokens, by the KV heads whose gates would not fit and which keep it.
 """
 
 import warnings
@@ -31,7 +31,7 @@ from gated_llama.inspection.collectors import MASSIVE
 from gated_llama.inspection.losses import token_losses
 from gated_llama.sinks.budget import undo_fewest, weights_of_attention
 from gated_llama.sinks.judge import losses
-from gated_llama.sinks.key_heads import by_layer
+from gated_llama.sinks.kv_heads import by_layer
 from gated_llama.sinks.layers import Attended, attend, embed, rotary_of, sink_tokens, state_lengths
 from gated_llama.sinks.writers import damp, massive_writers
 
@@ -97,7 +97,7 @@ class MoveSettings:
         max_loss: the share by which the loss may rise, on windows that were not fitted on.
         min_sink: mean p₀ from which on a head's sink is moved. Small sinks, in early layers, cost far context the most;
             but a model that keeps them needs its first token in sight (LOG.md).
-        max_error: of what a head puts out (see [`HeadFit.error`]); a key head whose query heads change more on windows
+        max_error: of what a head puts out (see [`HeadFit.error`]); a KV head whose query heads change more on windows
             that were not fitted on stays as it was.
         damping: the neurons that make sinks massive write so many times less (see [`gated_llama.sinks.writers`]); 32
             was tried. If the loss rises by more than `max_loss`, they are left as they were.
@@ -136,7 +136,7 @@ def move_sinks(
     """
     Edit `model` in place, a layer at a time, each on what the edited ones before it put out: sink tokens no longer
     attract, by a rank-one edit of `k_proj`, and `attn_gate` does what they did, by a regression on what it reads. What
-    is fitted is what the layer put out before anything was edited. Key heads without a sink, or whose gates would not
+    is fitted is what the layer put out before anything was edited. KV heads without a sink, or whose gates would not
     fit, compute what they did, or nearly so where `damping` is more than 1. It takes no gradient through the model and
     about three plain forwards of `windows`.
 
@@ -220,8 +220,7 @@ def add_biases(model: PreTrainedModel, *, attention: bool = True) -> None:
 
 
 def _check(model: PreTrainedModel, windows: torch.Tensor, device: torch.device) -> None:
-    if device.type == "mps":
-        raise UserError("regressions take fp64, which Apple's GPUs do not have: give device='cpu'.")
+    refuse_mps(device)
     if any(map(has_experts, decoder_layers(model))):
         raise UserError("the sinks of mixtures of experts are not moved: no such model was tried.")
     if model.config.model_type != GatedLlamaConfig.model_type:
@@ -248,6 +247,11 @@ def _check(model: PreTrainedModel, windows: torch.Tensor, device: torch.device) 
         )
 
 
+def refuse_mps(device: torch.device) -> None:
+    if device.type == "mps":
+        raise UserError("regressions take fp64, which Apple's GPUs do not have: give the device cpu.")
+
+
 @contextmanager
 def _placed(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
     """Context manager: the layer is on `device`, in fp32 or finer, and goes back afterwards."""
@@ -260,7 +264,7 @@ def _placed(layer: nn.Module, device: torch.device) -> Iterator[nn.Module]:
 
 
 def _loss(model: PreTrainedModel, states: torch.Tensor, windows: torch.Tensor) -> float:
-    """Mean next-token loss, from the states behind the last layer."""
+    """Mean next-token loss, from the states after the last layer."""
     norm, weight = model.get_decoder().norm, model.get_output_embeddings().weight
     found = [
         token_losses(model, norm(rows[None].to(weight.device, weight.dtype)), ids[None])
@@ -274,7 +278,7 @@ class _LayerEdit:
     The edit of one layer. `sinks` (B, T) are the tokens that are sinks to it; the last `judged` windows are those that
     nothing is fitted on. Afterwards `states` are those that it puts out as it was, of states as they were, and as it
     is, of those that the edited layers before it put out; `cost` is what the edit changes, as a share of them;
-    `unmoved` are the weights with which key heads that keep a damped sink read it; `damped` are neurons of its MLP, and
+    `unmoved` are the weights with which KV heads that keep a damped sink read it; `damped` are neurons of its MLP, and
     `loud` the weights of it before.
     """
 
@@ -392,7 +396,7 @@ class _LayerEdit:
 
     def edit_keys(self, seen: Attended, chosen: torch.Tensor) -> None:
         """
-        Give sinks another key in the `chosen` (K) key heads: W − (W x₀ − y)·uᵀ makes the state x₀ into y. Of all u with
+        Give sinks another key in the `chosen` (K) KV heads: W − (W x₀ − y)·uᵀ makes the state x₀ into y. Of all u with
         u·x₀ = 1 the one is taken that is smallest on other tokens' states.
         """
         linear = self.attention.k_proj
@@ -418,7 +422,7 @@ class _LayerEdit:
         self, before: dict, origin: Attended, seen: Attended, chosen: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """
-        Weights with which those of the `chosen` (K) key heads that keep their sink read what is left of damped ones as
+        Weights with which those of the `chosen` (K) KV heads that keep their sink read what is left of damped ones as
         these were, so that key and value are too: W + W (x₀ − x)·uᵀ, of the state x₀ that is x now, with u as in
         [`edit_keys`].
         """
@@ -435,7 +439,7 @@ class _LayerEdit:
     def is_normed(self) -> bool:
         return self.attention.k_norm is not None
 
-    def fitted_key(self, seen: Attended, key_heads: int) -> torch.Tensor:
+    def fitted_key(self, seen: Attended, kv_heads: int) -> torch.Tensor:
         """
         The key (K, H), before it is rotated, whose logit comes nearest to the mean (in the exponential) of a query's
         logits at the keys that are no sinks, less `MARGIN`, for all query heads that share it: of the length that a key
@@ -453,9 +457,9 @@ class _LayerEdit:
         reach = self.attention.sliding_window or len(places)
         meeting = (places > first[:, None]) & (places - first[:, None] < reach) & ~sinks & (seen_others > 0)
         targets = logits.double() - seen_others.clamp_min(1).clamp_max(reach).log()[..., None] - MARGIN  # (B, T, N)
-        inputs = (queries * self.attention.scaling)[meeting].unflatten(1, (key_heads, -1))  # (M, K, N/K, H)
+        inputs = (queries * self.attention.scaling)[meeting].unflatten(1, (kv_heads, -1))  # (M, K, N/K, H)
         inputs = inputs.transpose(0, 1).flatten(1, 2)  # (K, M', H)
-        targets = targets[meeting].unflatten(1, (key_heads, -1)).transpose(0, 1).flatten(1)  # (K, M')
+        targets = targets[meeting].unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1)  # (K, M')
         scale = self.attention.k_norm.weight.double() if self.is_normed else torch.ones_like(inputs[0, 0])  # (H)
         inputs = inputs * scale
         values, vectors = torch.linalg.eigh(inputs.mT @ inputs)  # (K, H), (K, H, H)
@@ -519,7 +523,7 @@ class _LayerEdit:
     def keep(
         self, unmoved: dict, good: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     ) -> None:
-        """Write gates and shifted values of the `good` (K) key heads; the others are as in `unmoved`."""
+        """Write gates and shifted values of the `good` (K) KV heads; the others are as in `unmoved`."""
         attention, gate = self.attention, self.attention.attn_gate.proj
         if not good.any():
             self.layer.load_state_dict(unmoved, strict=False)
@@ -537,7 +541,7 @@ class _LayerEdit:
 
     def fit_outputs(self, outputs: torch.Tensor, target: torch.Tensor, good: torch.Tensor) -> None:
         """
-        Let `o_proj` make of the gated `outputs` of each `good` (K) key head what it made of their `target`, both
+        Let `o_proj` make of the gated `outputs` of each `good` (K) KV head what it made of their `target`, both
         (B, T, N, H), as near as it helps. None makes good what another misses, so each can be undone by itself.
         """
         linear, others, missed = self.attention.o_proj, ~self.sinks, target - outputs

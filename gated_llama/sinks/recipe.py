@@ -26,12 +26,14 @@ from gated_llama.checkpoints.folder import (
     new_folder,
     read_checkpoint,
     refuse_nesting,
+    refuse_replacing,
     save_model,
 )
 from gated_llama.checkpoints.measurements import INSPECTION, read_measurements, write_measurements
 from gated_llama.conversion.convert import convert_checkpoint
 from gated_llama.conversion.families import GATED_TYPES, read_gated_config, recognise
 from gated_llama.conversion.verify import no_bars_of_transformers
+from gated_llama.data import digest_of, read_documents
 from gated_llama.errors import UserError, VerificationError, first_line
 from gated_llama.gates import gate_modules
 from gated_llama.inspection import SENTENCE
@@ -40,9 +42,9 @@ from gated_llama.loading import load, refuse_adapter
 from gated_llama.sinks.budget import excess, highest_losses, too_dear, undo_fewest
 from gated_llama.sinks.distil import DistilSettings, distil
 from gated_llama.sinks.judge import Judgement
-from gated_llama.sinks.key_heads import KeyHeads
+from gated_llama.sinks.kv_heads import KVHeads
 from gated_llama.sinks.layers import sink_tokens, state_lengths
-from gated_llama.sinks.move import MoveSettings, add_biases, move_sinks
+from gated_llama.sinks.move import MoveSettings, add_biases, move_sinks, refuse_mps
 from gated_llama.sinks.result import DesinkResult, Step
 from gated_llama.sinks.settings import SLIDING_ROWS, DesinkSettings
 from gated_llama.sinks.stream import FIRST, keeping_first, let_slide
@@ -52,9 +54,9 @@ from gated_llama.training.trainer import has_accelerator
 
 
 INSPECTED = 8  # windows that the page is made of
-COMPARED = 1024  # tokens of a row on which it is measured what key heads cost
+COMPARED = 1024  # tokens of a row on which it is measured what KV heads cost
 ANY_PRICE = MoveSettings(max_loss=float("inf"))
-LEAST_ATTENTION = 0.05  # that a key head is taken to be rid of, summed over the query heads that share it
+LEAST_ATTENTION = 0.05  # that a KV head is taken to be rid of, summed over the query heads that share it
 
 
 def desink_checkpoint(
@@ -91,24 +93,29 @@ def desink_checkpoint(
     processes = PartialState(cpu=not has_accelerator())
     refuse_adapter(model)
     found = find_source(model, revision)
-    refuse_nesting(found.folder, Path(output))
-    settings = _suited(found, settings)
-    text = [str(source) for source in text]
+    refuse_nesting(found.folder, output)
+    settings, text = _suited(found, settings), [str(source) for source in text]
+    for source in text:
+        refuse_replacing(source, output)
+    if processes.num_processes > 1 and ":" in (device or ""):
+        raise UserError(f"each process takes a device of its own: give --device {device.partition(':')[0]}.")
+    documents = read_documents(text)
     asked = {"model": found.found_again_by, "revision": found.revision, "text": text, **asdict(settings)}
-    asked["processes"] = processes.num_processes
+    asked |= {"digest of the text": digest_of(documents), "processes": processes.num_processes}
     main, folder = processes.is_main_process, None
     with ExitStack() as stack:
         run = Unfinished(Path(output))
+        stack.enter_context(run.opened(asked, resume=resume, force=force))
         if main:
-            stack.enter_context(run.opened(asked, resume=resume, force=force))
             folder = stack.enter_context(new_folder(output, force=force))  # is there before the run is forgotten
+            how = {"link": True, "verify": False, "progress": False, "force": True}
             with no_bars_of_transformers():
-                convert_checkpoint(found.folder, run.gated, link=True, verify=False, progress=False, force=True)
+                convert_checkpoint(found.found_again_by, run.gated, revision=found.revision, **how)
         processes.wait_for_everyone()
         base, edited, tokenizer = _load_twice(run.gated, device or _usual_device(processes))
         checkpoint = read_checkpoint(run.gated)
         dtype = read_gated_config(checkpoint.config, str(run.gated)).dtype or torch.float32
-        windows = Windows(tokenizer, text, settings, base.config.max_position_embeddings, progress and main)
+        windows = Windows(tokenizer, documents, settings, base.config, progress and main)
         add_biases(edited)
         if window := settings.sliding_window:
             let_slide(edited, window)
@@ -142,6 +149,8 @@ def _suited(found: Source, settings: DesinkSettings) -> DesinkSettings:
     origin = recognise(read_checkpoint(found.folder).config, found.name)
     if origin.gated_class.config_class is not GatedLlamaConfig:
         raise UserError(f"{found.name} is a mixture of experts, whose sinks are not moved: no such model was tried.")
+    if getattr(origin.config, "gate_strength", 1) != 1:
+        raise UserError(f"the gates of {found.name} act at a part of their strength: set its gate_strength to 1.")
     most = origin.config.max_position_embeddings
     settings = settings.suited_to(most)
     settings.check()
@@ -169,17 +178,19 @@ def _load_twice(gated: Path, device: str) -> tuple[PreTrainedModel, PreTrainedMo
         base, tokenizer = load(gated, dtype=torch.float32)
         edited, _ = load(gated, dtype=torch.float32)
     try:
-        return base.to(device).eval(), edited.to(device).eval(), tokenizer
+        base, edited = base.to(device).eval(), edited.to(device).eval()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:  # of a name that is none, or of a device that is not there
         raise UserError(f"the model cannot be put on the device {device!r}: {first_line(error)}") from error
+    refuse_mps(base.device)  # before it is trained
+    return base, edited, tokenizer
 
 
 @dataclass
 class _Steps:
     """
-    Calms, moves and heals `edited` as far as `settings` ask for it, and gives key heads back that cost too much. Each
+    Calms, moves and heals `edited` as far as `settings` ask for it, and restores KV heads that cost too much. Each
     step is added to `result`, and kept; its weights are rounded to `dtype`, so that what is measured is what is saved.
     """
 
@@ -209,14 +220,14 @@ class _Steps:
     def move_and_heal(self) -> None:
         settings, steps = self.settings, self.result.steps
         self.is_calm = any(done.name == "calmed" and not done.undone for done in steps)
-        # Whatever it costs: healing makes good what it can, and key heads that still cost too much are given back.
+        # Whatever it costs: healing makes good what it can, and KV heads that still cost too much are restored.
         self.step("moved", self.fitted.numel(), self.move, may_be_undone=False)
         if settings.heal_tokens:  # gates alone cannot calm what is massive
             self.learn("healed", "gates", settings.heal_tokens, DistilSettings.penalty if self.is_calm else 0.0)
         # What slides needs all sinks gone.
         if not settings.sliding_window and too_dear(self.result.before, self.result.after, settings.max_loss):
-            rows = self.windows.cut(4 * COMPARED, "given back", COMPARED)[1:3]  # one plain, in one passages come back
-            self.step("key heads given back", rows.numel(), lambda: self.give_back(rows), may_be_undone=False)
+            rows = self.windows.cut(4 * COMPARED, "restored", COMPARED)[1:3]  # one plain, in one passages come back
+            self.step("KV heads restored", rows.numel(), lambda: self.restore_heads(rows), may_be_undone=False)
 
     def finished(self) -> DesinkResult:
         """
@@ -297,12 +308,12 @@ class _Steps:
         as_in_main(self.edited)
         return found.said_of_damped()
 
-    def give_back(self, rows: torch.Tensor) -> str:
+    def restore_heads(self, rows: torch.Tensor) -> str:
         """
-        Give key heads back what they were before the move, until the budget is kept: those first that cost the most of
+        Restore KV heads to what they were before the move, until the budget is kept: those first that cost the most of
         it for the attention to sinks that they are rid of.
         """
-        heads = KeyHeads(self.edited, self.run.unmoved(), rows, self.dtype)
+        heads = KVHeads(self.edited, self.run.unmoved(), rows, self.dtype)
         before = self.result.steps[0].judgement if self.is_calm else self.result.before
         moved, config = heads.moved(), self.edited.config
         groups = config.num_attention_heads // config.num_key_value_heads
@@ -319,10 +330,10 @@ class _Steps:
             return from_main(self.windows.loss(self.edited, name) <= most)
 
         highest = highest_losses(self.result.before, self.settings.max_loss)
-        given = undo_fewest(order, heads.give_back, [partial(keeps, *budget) for budget in highest.items()])
+        given = undo_fewest(order, heads.restore, [partial(keeps, *budget) for budget in highest.items()])
         if len(given) == len(moved):
             raise VerificationError(
-                f"to move the sink of any key head costs more than {self.settings.max_loss:.2%} of loss: give more "
+                f"to move the sink of any KV head costs more than {self.settings.max_loss:.2%} of loss: give more "
                 "text of the kind that the model is for, or a larger --max-loss."
             )
         return f"{len(given)} of {len(moved)}: {heads.said(given)}"

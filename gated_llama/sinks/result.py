@@ -24,7 +24,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Sliding:
-    """What slides, and the base's losses of longer texts behind the rows' length, in nats a token."""
+    """What slides, and the base's losses of longer texts past the rows' length, in nats a token."""
 
     window: int
     whole: float  # seeing all tokens
@@ -70,7 +70,7 @@ class DesinkResult:
         one, other = self.before, self.after
         shown = [
             ("loss on held-out text, nats", "{:.4f}", lambda j: j.loss),
-            ("… of longer texts, behind the rows' length", "{:.4f}", lambda j: j.far),
+            ("… of longer texts, past the rows' length", "{:.4f}", lambda j: j.far),
             ("… of passages that come back", "{:.4f}", lambda j: j.recalled),
             ("… of short texts", "{:.4f}", lambda j: j.short),
             ("attention to the first token", "{:.3f}", lambda j: j.first_token),
@@ -84,7 +84,7 @@ class DesinkResult:
         rows = [(name, form.format(value(one)), form.format(value(other))) for name, form, value in shown]
         if long := self.sliding:
             rows += [
-                ("loss behind the rows' length, where all is seen", f"{long.whole:.4f}", ""),
+                ("loss past the rows' length, where all is seen", f"{long.whole:.4f}", ""),
                 (f"… where the last {long.window:,} tokens alone are", f"{long.without_first:.4f}", ""),
             ]
         return rows
@@ -95,5 +95,5 @@ class DesinkResult:
             f"attention to sinks {one.most_attended:.3f} -> {other.most_attended:.3f}, sink rate {one.sink_rate:.1%}"
             f" -> {other.sink_rate:.1%}, largest activation {one.m_act:,.0f} -> {other.m_act:,.0f}, "
             f"loss {other.loss / one.loss - 1:+.2%}, of short texts {other.short / one.short - 1:+.2%}, "
-            f"far behind {other.far / one.far - 1:+.2%}, of what comes back {other.recalled - one.recalled:+.3f} nats"
+            f"past the rows {other.far / one.far - 1:+.2%}, what comes back {other.recalled - one.recalled:+.3f} nats"
         )

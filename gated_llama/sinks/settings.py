@@ -4,6 +4,7 @@
 from dataclasses import dataclass, replace
 
 from gated_llama.errors import UserError
+from gated_llama.runs import check_seed
 from gated_llama.sinks.judge import LATER
 
 
@@ -33,7 +34,7 @@ class DesinkSettings:
             the budget holds for texts four times as long too, and for passages that come back in texts twice as long;
             and for short texts, which pay for long rows. Rows that are trained on are of several lengths, this one the
             longest.
-        judged_windows: of held-out text, that are measured on.
+        judged_tokens: of held-out text in rows, that are measured on; in two rows at least.
     """
 
     calm_only: bool = False
@@ -45,7 +46,7 @@ class DesinkSettings:
     sliding_window: int | None = None
     length: int | None = None
     batch_size: int = 1
-    judged_windows: int = 4
+    judged_tokens: int = 8_192
     seed: int = 0
 
     def suited_to(self, longest: int) -> "DesinkSettings":
@@ -62,7 +63,7 @@ class DesinkSettings:
         """
         if self.length is None:  # of a model that is not known yet
             return self.suited_to(4 * LATER).check()
-        for name in ("move_tokens", "length", "batch_size", "judged_windows"):
+        for name in ("move_tokens", "length", "batch_size", "judged_tokens"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be more than 0, not {getattr(self, name)}.")
         if self.length < 2 * LATER:
@@ -71,8 +72,14 @@ class DesinkSettings:
             raise UserError(f"move_tokens must be at least two rows, {2 * self.length}, not {self.move_tokens}.")
         if not self.max_loss >= 0 or self.heal_tokens < 0 or self.calm_tokens < 0:
             raise UserError("max_loss, calm_tokens and heal_tokens must not be negative.")
+        check_seed(self.seed)
         if not self.damping >= 1:
             raise UserError(f"damping must be 1 or more, not {self.damping}.")
+        usual = type(self)()
+        if self.calm_only and (
+            unused := [name for name in ("damping", "heal_tokens") if getattr(self, name) != getattr(usual, name)]
+        ):
+            raise UserError(f"{unused[0]} has no say with calm_only, which leaves the sink: leave it out.")
         if self.calm_only and not self.calm_tokens:
             raise UserError("calm_only with calm_tokens 0 leaves nothing to do: give calm_tokens.")
         if self.sliding_window is not None and self.calm_only:

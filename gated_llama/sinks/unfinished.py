@@ -45,7 +45,7 @@ class Unfinished:
         return self.folder / f"{self.steps}-training.safetensors"
 
     def keep_unmoved(self, layers: list[dict[str, torch.Tensor]]) -> None:
-        """Keep what key heads that were moved can be given back, layer by layer."""
+        """Keep what KV heads that were moved can be restored to, layer by layer."""
         if process_of()[0] == 0:
             weights = {f"{n} {name}": value for n, layer in enumerate(layers) for name, value in layer.items()}
             write_whole(self._unmoved, weights)
@@ -61,12 +61,15 @@ class Unfinished:
     @contextmanager
     def opened(self, asked: dict, *, resume: bool, force: bool) -> Iterator[None]:
         """
-        Context manager: the folder is removed at the end, unless the run was interrupted.
+        Context manager, of all processes: the folder is removed at the end, unless the run was interrupted.
 
         Raises:
             UserError: there is none to resume, or one that was not asked for; or the run was interrupted.
         """
-        if resume:
+        main = process_of()[0] == 0
+        if not main:
+            pass
+        elif resume:
             self.steps = len(resume_record(self.record, asked).get("done", {}).get("steps", ()))
         elif self.folder.exists() and not force:
             raise UserError(f"{self.folder} is what a stopped run left: --resume goes on with it, --force begins anew.")
@@ -77,8 +80,8 @@ class Unfinished:
             yield
         except BaseException as error:
             stopped = isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError))
-            is_kept = self.steps or self.training.exists() or (stopped and "done" in read_json(self.record))
-            if isinstance(error, VerificationError) or not is_kept:
+            is_kept = main and (self.steps or self.training.exists() or (stopped and "done" in read_json(self.record)))
+            if main and (isinstance(error, VerificationError) or not is_kept):
                 shutil.rmtree(self.folder, ignore_errors=True)
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "out of memory"
             if stopped and is_kept:
@@ -86,7 +89,8 @@ class Unfinished:
             if isinstance(error, torch.OutOfMemoryError):
                 raise UserError(f"{what}: give a smaller --length, or a --device with more.") from None
             raise
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if main:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def go_on(self, model: PreTrainedModel) -> DesinkResult | None:
         """The result so far, with its weights written to `model`; None if nothing was done yet."""

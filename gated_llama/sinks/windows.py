@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gated_llama.data import cut_windows, mixed_windows, read_documents, shuffled, tokenize, with_returns
+from gated_llama.data import Document, check_tokens, cut_windows, mixed_windows, shuffled, tokenize, with_returns
 from gated_llama.errors import UserError
 from gated_llama.inspection.quantization import QUANTIZATIONS
 from gated_llama.sinks.judge import LATER, Judgement, judge, losses, quantization_costs
@@ -38,14 +38,13 @@ class Windows:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        text: list[str],
+        documents: list[Document],
         settings: DesinkSettings,
-        longest: int,
+        config: PreTrainedConfig,
         progress: bool,
     ):
-        """`longest`: tokens that the model is made for; none of the longer texts has more."""
-        documents = shuffled(read_documents(text), settings.seed)
-        tokens = tokenize(tokenizer, documents, progress=progress)
+        """`config`: of the model, which is made for so many positions; none of the longer texts has more."""
+        tokens = tokenize(tokenizer, shuffled(documents, settings.seed), progress=progress)
         if len(tokens) == 1:  # one long text: its end is held out
             cut = max(1, round((1 - HELD_OUT) * len(tokens[0])))
             tokens = [tokens[0][:cut], tokens[0][cut:]]
@@ -57,17 +56,18 @@ class Windows:
         )
         if len(self.train) < LEAST_WINDOWS * self.length or len(self.held_out) <= 2 * self.length:
             raise UserError(
-                f"{', '.join(text)} has {len(self.train) + len(self.held_out):,} tokens, too few to fit on and to "
-                f"measure on: give {round(2 * self.length / HELD_OUT):,} and more, in many documents."
+                f"the text has {len(self.train) + len(self.held_out):,} tokens, too few to fit on and to measure on: "
+                f"give {round(2 * self.length / HELD_OUT):,} and more, in many documents."
             )
         begins = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>"))
         self.beginnings = list(dict.fromkeys(token for token in begins if token is not None))
-        far = min(4 * self.length, longest, len(self.held_out) - 1)
+        check_tokens(max(self.train.max(), self.held_out.max(), *self.beginnings), config.vocab_size)
+        far = min(4 * self.length, config.max_position_embeddings, len(self.held_out) - 1)
         self.far = cut_windows(self.held_out, FAR_WINDOWS, far, f"{self.seed} far")
         twice = cut_windows(self.held_out, FAR_WINDOWS, 2 * self.length, f"{self.seed} recalled")
         self.recalled = with_returns(twice, f"{self.seed} recalled")
         self.short = self._cut(self.held_out, SHORT_WINDOWS, "short", min(SHORT, self.length))
-        self.judged = self._cut(self.held_out, settings.judged_windows, "judge")
+        self.judged = self._cut(self.held_out, max(2, settings.judged_tokens // self.length), "judge")
         self.calibration = self._cut(self.train, 8, "calibration")
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ def massive_writers(layer: nn.Module, states: torch.Tensor, length: float, batch
     """
     Which neurons of the layer's MLP write to some token more than `MASSIVE` times `length`, and next to nothing to
     others: their numbers. `states` (B, T, E) are residual, in front of the MLP's norm; `length` is the median of those
-    behind the layer.
+    after the layer.
     """
     mlp, norm = layer.mlp, layer.post_attention_layernorm
     sizes = mlp.down_proj.weight.norm(dim=0)  # (I)

@@ -7,6 +7,7 @@ gates always at a learning rate of their own. On one process or many, stopped an
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -15,11 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import (
     DataCollatorForSeq2Seq,
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerState,
     set_seed,
@@ -39,11 +42,22 @@ from gated_llama.checkpoints.folder import (
     refuse_nesting,
 )
 from gated_llama.conversion.families import GATED_TYPES, read_gated_config
-from gated_llama.data import Rows, one_row_each, pack, read_documents, shuffled, split_off, tokenize
+from gated_llama.data import (
+    Document,
+    Rows,
+    check_tokens,
+    digest_of,
+    one_row_each,
+    pack,
+    read_documents,
+    shuffled,
+    split_off,
+    tokenize,
+)
 from gated_llama.errors import UserError, first_line
 from gated_llama.gates import gate_parameters, is_gate
 from gated_llama.loading import ADAPTER_CONFIG, load, load_tokenizer, refuse_adapter
-from gated_llama.runs import begin_record, resume_record
+from gated_llama.runs import begin_record, check_seed, resume_record
 from gated_llama.training.trainer import GatedTrainer, has_accelerator, training_arguments
 from gated_llama.training.ways import WAYS, Written
 
@@ -161,6 +175,12 @@ class FinetuneSettings:
             raise UserError("quantize needs the package bitsandbytes: `pip install bitsandbytes`, or leave it out.")
         if self.report_to not in ("none", "all", *get_available_reporting_integrations()):
             raise UserError(f"report_to {self.report_to!r} needs a package of its name: install it, or leave it out.")
+        check_seed(self.seed)
+        if self.sharded and not hasattr(PreTrainedModel, "is_distributed_loading_by_transformers"):
+            raise UserError(
+                f"Transformers {transformers.__version__} cannot train sharded weights: take a newer one, or leave out "
+                "fsdp_size and tp_size."
+            )
         if self.sharded and not WAYS[self.train].shards:
             raise UserError(
                 "LoRA with gates cannot be trained on sharded weights: leave out fsdp_size and tp_size (every process "
@@ -229,17 +249,16 @@ def finetune_checkpoint(
     found = find_source(model)
     output = Path(output)
     refuse_nesting(found.folder, output)
-    checkpoint = read_checkpoint(found.folder)
-    config = read_gated_config(checkpoint.config, str(found.folder / CONFIG_NAME))
-    if not config.architectures[0].endswith("ForCausalLM"):
-        raise UserError(f"{found.folder} holds a {config.architectures[0]}: only causal language models are trained.")
-    if settings.lora_mlp and config.model_type != GatedLlamaConfig.model_type:
-        raise UserError(f"{found.folder} has experts, which LoRA is not put on: leave lora_mlp out.")
+    checkpoint, config = _trainable(found, settings)
     asked = {"model": found.found_again_by, "data": [str(source) for source in data], **asdict(settings)}
+    documents, eval_documents = read_documents(asked["data"]), read_documents(settings.eval_data)
+    asked |= {"revision": found.revision, "digest of the text": digest_of([*documents, *eval_documents])}
     asked["processes"] = processes.num_processes
 
     tokenizer = load_tokenizer(found.folder)
-    rows, held_out = _rows(tokenizer, asked["data"], settings, progress and processes.is_main_process)
+    rows, held_out = _rows(tokenizer, documents, eval_documents, settings, progress and processes.is_main_process)
+    for part in filter(None, (rows, held_out)):
+        check_tokens(max(row.max() for row in part.rows), config.vocab_size)
     if processes.is_main_process:
         _open_run(output, asked, resume)
     processes.wait_for_everyone()
@@ -249,11 +268,14 @@ def finetune_checkpoint(
         network = _load_network(found, config, settings)
         parameters = count_parameters(network)
         announce(str(parameters))
-        if not settings.packing and tokenizer.pad_token is None:
-            padding = _padding(tokenizer).pad_token
-            announce(f"the tokenizer has no padding token: rows are padded with {padding}, as TRL does, without a loss")
+        padding = _padding(tokenizer, config.vocab_size)
+        if not settings.packing and padding is not tokenizer:
+            announce(
+                f"the tokenizer has no padding token that the model knows: rows are padded with {padding.pad_token}, "
+                "as TRL does, without a loss"
+            )
         announce(f"on {rows}" + (f"; measured on {len(held_out):,} rows held out" if held_out else ""))
-        trainer = _trainer(network, tokenizer, rows, held_out, output, config, settings, progress, last is None)
+        trainer = _trainer(network, padding, rows, held_out, output, config, settings, progress, last is None)
         _run(trainer, last)
     except BaseException:
         if processes.is_main_process and last_checkpoint(output / CHECKPOINTS) is None:
@@ -262,6 +284,17 @@ def finetune_checkpoint(
     result = _result_of(trainer, output, settings, parameters, rows)
     _write_result(trainer, checkpoint, config, found, result, link)
     return result
+
+
+def _trainable(found: Source, settings: FinetuneSettings) -> tuple[Checkpoint, GatedLlamaConfig]:
+    """The checkpoint and its config, or a refusal."""
+    checkpoint = read_checkpoint(found.folder)
+    config = read_gated_config(checkpoint.config, str(found.folder / CONFIG_NAME))
+    if not config.architectures[0].endswith("ForCausalLM"):
+        raise UserError(f"{found.folder} holds a {config.architectures[0]}: only causal language models are trained.")
+    if settings.lora_mlp and config.model_type != GatedLlamaConfig.model_type:
+        raise UserError(f"{found.folder} has experts, which LoRA is not put on: leave lora_mlp out.")
+    return checkpoint, config
 
 
 def _result_of(
@@ -288,23 +321,26 @@ def _result_of(
 
 
 def _rows(
-    tokenizer: PreTrainedTokenizerBase, data: list[str], settings: FinetuneSettings, progress: bool
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[Document],
+    eval_documents: list[Document],
+    settings: FinetuneSettings,
+    progress: bool,
 ) -> tuple[Rows, Rows | None]:
-    def cut(sources: Iterable[str], seed: int | None) -> Rows:
-        documents = read_documents(sources)
-        documents = documents if seed is None else shuffled(documents, seed)
+    def cut(documents: list[Document]) -> Rows:
         tokens = tokenize(tokenizer, documents, progress=progress)
         rows = pack(tokens, settings.length) if settings.packing else one_row_each(tokens, settings.length)
         if not len(rows):
             raise UserError(
-                f"{', '.join(sources)} has {rows.dropped:,} tokens, which fill no row of {settings.length}: give more "
-                "text, or a smaller length."
+                f"the text has {rows.dropped:,} tokens, which fill no row of {settings.length}: give more text, or a "
+                "smaller length."
             )
         return rows
 
+    rows = cut(shuffled(documents, settings.seed))
     if settings.eval_data:
-        return cut(data, settings.seed), cut(settings.eval_data, None).first(settings.eval_tokens)
-    return split_off(cut(data, settings.seed), settings.held_out, settings.eval_tokens)
+        return rows, cut(eval_documents).first(settings.eval_tokens)
+    return split_off(rows, settings.held_out, settings.eval_tokens)
 
 
 def _open_run(output: Path, asked: dict, resume: bool) -> None:
@@ -330,8 +366,13 @@ def _forget_run(output: Path) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run that is whole: a process killed while it wrote one leaves it in part."""
-    numbered = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*")]
-    return next((path for _, path in sorted(numbered, reverse=True) if _is_whole(path)), None)
+    return next((path for path in _checkpoints(folder) if _is_whole(path)), None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The newest first; a copy under another name is not of the run."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
+    return sorted(filter(found.get, found), key=lambda path: -int(found[path][1]))
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -411,16 +452,19 @@ def _trainer(
         disable_tqdm=not progress,
         include_num_input_tokens_seen="non_padding",
     )
-    collator = DataCollatorForSeq2Seq(_padding(tokenizer))  # pads, and lets no padding count in the loss
+    collator = DataCollatorForSeq2Seq(tokenizer)  # pads, and lets no padding count in the loss
     try:
         return GatedTrainer(network, arguments, collator, rows, held_out, gate_lr=settings.gate_lr)
     except (ImportError, RuntimeError, ValueError) as error:  # a logger that is not installed, a device that cannot
         raise UserError(f"the Trainer does not take these settings: {first_line(error)}") from error
 
 
-def _padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Llama's has no padding token; TRL then takes the end-of-text token, and rows of equal length need none at all."""
-    if tokenizer.pad_token is None:
+def _padding(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> PreTrainedTokenizerBase:
+    """
+    With a padding token that is in the vocabulary. Llama's has none; TRL then takes the end-of-text token, and rows of
+    equal length need none at all.
+    """
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= vocabulary:
         tokenizer = deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
@@ -458,7 +502,7 @@ def _kept(trainer: GatedTrainer) -> str:
     """Remove a checkpoint that was only begun, and name the one that is whole."""
     folder = Path(trainer.args.output_dir)
     last = last_checkpoint(folder)
-    for path in folder.glob("checkpoint-*"):
+    for path in _checkpoints(folder):
         if trainer.args.should_save and not _is_whole(path):
             shutil.rmtree(path, ignore_errors=True)
     return f" {last} is whole: --resume goes on from it." if last else " No checkpoint had been written."

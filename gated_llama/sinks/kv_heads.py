@@ -1,5 +1,5 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Key heads whose sinks were moved, and what it takes to give some of them back what they were."""
+"""KV heads whose sinks were moved, and what it takes to restore some of them."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -15,13 +15,13 @@ from gated_llama.sinks.budget import weights_of_attention
 from gated_llama.sinks.distil import divergence
 
 
-Head = tuple[int, int]  # a layer, and a key head in it
+Head = tuple[int, int]  # a layer, and a KV head in it
 
 
-class KeyHeads:
+class KVHeads:
     """
-    The key heads of a model whose sinks were moved, each with the query heads and gates that share it. Any can be given
-    back what it was `before` (see [`gated_llama.sinks.move.Moved.unmoved`]), and the others stay as they are.
+    The KV heads of a model whose sinks were moved, each with the query heads and gates that share it. Any can be
+    restored to what it was `before` (see [`gated_llama.sinks.move.Moved.unmoved`]); the others stay as they are.
     """
 
     @torch.no_grad()
@@ -38,9 +38,9 @@ class KeyHeads:
             (number, head) for number in range(len(self.layers)) for head in range(model.config.num_key_value_heads)
         ]
         self.read = self._mean_inputs()
-        self.give_back(self.each)
+        self.restore(self.each)
         self.read_before = self._mean_inputs()
-        self.give_back(())
+        self.restore(())
 
     def _mean_inputs(self) -> list[torch.Tensor]:
         """What the `o_proj` of each layer reads, a mean over all tokens: (N·H)."""
@@ -69,32 +69,32 @@ class KeyHeads:
         ]
 
     def said(self, heads: Iterable[Head]) -> str:
-        """As "layer 2, layer 18 (key head 1)": a layer alone is all of its key heads."""
+        """As "layer 2, layer 18 (KV head 1)": a layer alone is all of its KV heads."""
         of_layer = by_layer(heads)
         each = {number: ", ".join(map(str, sorted(of_layer[number]))) for number in sorted(of_layer)}
         is_all = {number: len(of_layer[number]) == self.model.config.num_key_value_heads for number in each}
         return "; ".join(f"layer {number}" + ("" if is_all[number] else f" ({each[number]})") for number in each)
 
     @torch.no_grad()
-    def give_back(self, heads: Iterable[Head]) -> None:
+    def restore(self, heads: Iterable[Head]) -> None:
         """These are what they were before; all others are as they were made."""
         of_layer = by_layer(heads)
         for number, layer in enumerate(self.layers):
             layer.load_state_dict(self._weights(number, of_layer.get(number, set())), strict=False)
 
     def _weights(self, number: int, heads: set[int]) -> dict[str, torch.Tensor]:
-        """Of a layer in which these key heads are what they were."""
+        """Of a layer in which these KV heads are what they were."""
         before, made, attention = self.before[number], self.made[number], self.layers[number].self_attn
-        key_heads = self.model.config.num_key_value_heads
-        if len(heads) in (0, key_heads):
+        kv_heads = self.model.config.num_key_value_heads
+        if len(heads) in (0, kv_heads):
             return before if heads else made
-        back = torch.tensor([head in heads for head in range(key_heads)], device=self.model.device)  # (K)
+        back = torch.tensor([head in heads for head in range(kv_heads)], device=self.model.device)  # (K)
         norm = "input_layernorm.weight"
         scale = torch.where(before[norm] == 0, 1, made[norm] / before[norm])  # of channels in which sinks were hidden
         mixed = dict(made)
         for name in ("k_proj", "v_proj", "attn_gate.proj"):
             weight, bias = f"self_attn.{name}.weight", f"self_attn.{name}.bias"
-            rows = back.repeat_interleave(len(made[weight]) // key_heads)
+            rows = back.repeat_interleave(len(made[weight]) // kv_heads)
             mixed[weight] = torch.where(rows[:, None], before[weight] / scale, made[weight])
             mixed[bias] = torch.where(rows, before[bias], made[bias])
         weight, bias = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
@@ -109,7 +109,7 @@ class KeyHeads:
     def divergence_saved(
         self, base: PreTrainedModel, heads: Iterable[Head], *, progress: bool = False
     ) -> dict[Head, float]:
-        """By how much the divergence from `base` falls if one of these alone is given back."""
+        """By how much the divergence from `base` falls if one of these alone is restored."""
         device = self.model.device
         expected = [base(row[None].to(device), use_cache=False).logits for row in self.rows]
 
@@ -118,10 +118,10 @@ class KeyHeads:
             return sum(divergence(*pair).item() for pair in zip(expected, found, strict=True)) / len(expected)
 
         usual, saved = diverges(), {}
-        for head in tqdm(heads, desc="what key heads cost", unit=" heads", disable=not progress):
-            self.give_back([head])
+        for head in tqdm(heads, desc="what KV heads cost", unit=" heads", disable=not progress):
+            self.restore([head])
             saved[head] = usual - diverges()
-        self.give_back(())
+        self.restore(())
         return saved
 
 
