@@ -7,6 +7,7 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -507,6 +508,7 @@ def test_distillation_learns_from_the_base_and_calms_what_is_massive():
             model.model.layers[0].self_attn.attn_gate.proj.weight.normal_(0, 0.3)
         settings = DistilSettings("layers", lr=1e-2, gate_lr=2e-2, penalty=penalty)
         found = distil(model, base, ids.split(4), lengths, settings)
+        assert all(parameter.grad is None for parameter in model.parameters())
         massive[penalty] = state_lengths(model, ids).states[:, :, 0].mean().item()
         given[penalty] = [sum(loss for loss, _ in part) / len(part) for part in (found[:4], found[-4:])]
     assert given[0.0][1] < 0.7 * given[0.0][0]
@@ -752,6 +754,15 @@ def test_a_model_of_the_hub_keeps_its_name(plain, tmp_path, run_python):
     assert done.returncode == 0 and (tmp_path / "out").exists(), done.stderr
     made = json.loads((tmp_path / "out" / "config.json").read_text())["conversion"]
     assert (made["source"], len(made["revision"])) == ("org/plain", 40)
+
+
+def test_each_of_several_processes_takes_a_device_of_its_own(plain, monkeypatch):
+    two = SimpleNamespace(num_processes=2, is_main_process=True)
+    monkeypatch.setattr(recipe, "PartialState", lambda **keywords: two)
+    with pytest.raises(UserError, match="a device of its own: give --device cuda"):
+        desink_checkpoint(
+            plain / "plain", [plain / "text.jsonl"], plain / "no", DesinkSettings(length=128), device="cuda:0"
+        )
 
 
 def test_processes_that_do_not_write_tell_what_memory_is_for(plain, monkeypatch):
