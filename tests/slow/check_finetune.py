@@ -62,16 +62,16 @@ def converted(folder, variant="llama", **settings):
 def test_learns_to_write_words_backwards(tmp_path, data, variant, way, gate_type):
     """Loss on rows never trained on; a fresh load of what was written has the same loss as the run's end."""
     source = converted(tmp_path, variant, gate_type=gate_type)
-    settings = FinetuneSettings(
-        train=way, steps=150, length=13, packing=False, batch_size=32, lr=5e-3, gate_lr=2e-2, lora_mlp=True
-    )
+    usual = {"length": 13, "packing": False, "batch_size": 32, "gate_lr": 2e-2}
+    own = {"lora": {"lr": 5e-3, "lora_mlp": True}, "full": {"lr": 5e-3}, "gates": {}}
+    settings = FinetuneSettings(train=way, steps=150, **usual, **own[way])
     result = finetune_checkpoint(source, [data], tmp_path / "run", settings, progress=False)
     print(
         f"\n{variant} {gate_type} {way}: {result.held_out_before:.3f} -> {result.held_out_after:.3f}; {result.verdict}"
     )
     assert result.held_out_after < result.held_out_before - (0.5 if way == "gates" else 2.0)
     assert result.gate_drift > 1e-2
-    again = FinetuneSettings(**{**vars(settings), "train": "gates", "steps": 1, "gate_lr": 1e-12})
+    again = FinetuneSettings(train="gates", steps=1, **{**usual, "gate_lr": 1e-12})
     if way != "lora":
         repeated = finetune_checkpoint(tmp_path / "run", [data], tmp_path / "again", again, progress=False)
         assert repeated.held_out_before == pytest.approx(result.held_out_after, rel=1e-5)
