@@ -49,14 +49,16 @@ def test_gates_stay_whole(tmp_path, name, gate_type):
     deltas = []
     for folder, whole in ((base, plain), (tmp_path / "trained", gated)):
         quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QUANTIZATIONS[name]())
+        # Before a forward, in which bitsandbytes 0.50 packs weights anew on CPUs with AVX512-BF16: unpacked to save them,
+        # they are another model's, whatever the class.
+        quantized.save_pretrained(tmp_path / f"{folder.name}-saved")
         weight = quantized.model.layers[0].self_attn.q_proj.weight
         assert type(weight) is not torch.nn.Parameter or weight.dtype != torch.bfloat16
         deltas.append(loss(quantized, ids) - loss(whole, ids))
     for (_, own), (key, kept) in zip(gate_parameters(gated), gate_parameters(quantized), strict=True):
         assert torch.equal(own, kept), key
     first = quantized.generate(ids[:, :8], do_sample=False, max_new_tokens=8)
-    quantized.save_pretrained(tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained-saved")
     assert torch.equal(first, again.generate(ids[:, :8], do_sample=False, max_new_tokens=8))
     print(f"\n{name}, {gate_type}: loss base {deltas[0]:+.4f}, gated {deltas[1]:+.4f}")
     assert abs(deltas[1]) < 10 * max(abs(deltas[0]), 0.01)  # quantized gates would be another model
