@@ -49,7 +49,7 @@ def test_gates_stay_whole(tmp_path, name, gate_type):
     deltas = []
     for folder, whole in ((base, plain), (tmp_path / "trained", gated)):
         quantized = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QUANTIZATIONS[name]())
-        # Before a forward, in which bitsandbytes 0.50 packs weights anew on CPUs with AVX512-BF16: unpacked to save them,
+        # Before a forward, in which bitsandbytes 0.50 packs weights anew on CPUs with AVX512-BF16; unpacked again,
         # they are another model's, whatever the class.
         quantized.save_pretrained(tmp_path / f"{folder.name}-saved")
         weight = quantized.model.layers[0].self_attn.q_proj.weight
