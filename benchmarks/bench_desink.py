@@ -83,7 +83,7 @@ def rows_of(run: dict) -> str:
     settings = dict(run["settings"])
     windows = settings.pop("judged_windows", None)  # of older records
     settings = DesinkSettings(**settings).suited_to(2 * LONGEST)  # both models are made for as much, or more
-    return f"{settings.length:,}; {windows or settings.judged_tokens // settings.length}"
+    return f"{settings.length:,}; {windows or settings.judged_windows}"
 
 
 def restored(run: dict) -> str:

@@ -17,7 +17,6 @@ from gated_llama.errors import UserError
 # Gates that share the rate of the weights hardly move; a published retrofit of Qwen3-0.6B (takuma104/OutliersInLLM)
 # trains them at 50 times that rate.
 GATE_RATE = 50
-BASE = "model."  # in front of the keys of a model with a head
 
 
 def is_gate(key: str) -> bool:
@@ -91,8 +90,6 @@ def write_with_gates(
         UserError: `gates` are not those that the checkpoint has.
     """
     have = {key: info.shape for key, info in checkpoint.tensors.items() if is_gate(key)}
-    if not any(key.startswith(BASE) for key in have):  # the keys of a bare model, which a causal LM may have too
-        gates = {key.removeprefix(BASE): gate for key, gate in gates.items()}
     if have != {key: tuple(gate.shape) for key, gate in gates.items()}:
         raise UserError(f"{checkpoint.folder} has other gates than those to write into it: use the checkpoint trained.")
     plans = {}

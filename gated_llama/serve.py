@@ -2,7 +2,6 @@
 """Serve a gated model over HTTP."""
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -23,7 +22,6 @@ def serve(model: str, options: Sequence[str] = ()) -> None:
     from gated_llama.loading import refuse_adapter  # not for vLLM's plugin
 
     refuse_adapter(model)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the threads of a server would outlive an interrupt
     sys.argv = ["transformers", "serve", model, *options]
     os.makedirs(HF_HUB_CACHE, exist_ok=True)  # /v1/models looks through it
     try:

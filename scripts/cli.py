@@ -53,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen command: 0 done; 1 a verification failed; 2 the input or the environment is at fault."""
     from gated_llama.errors import UserError, VerificationError
 
-    with suppress(ValueError):  # in a thread, which hears no signals
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send ends a run as Ctrl-C does
+    on_sigterm(signal.default_int_handler)  # what schedulers send ends a run as Ctrl-C does
     for stream in (sys.stdout, sys.stderr):  # what an ASCII terminal cannot show, it shows as "?"
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -75,6 +74,11 @@ def run(args: argparse.Namespace) -> int:
         print("gated-llama: interrupted; nothing was left half-written.", file=sys.stderr)
         return 2
     return 0
+
+
+def on_sigterm(handler) -> None:
+    with suppress(ValueError):  # in a thread, which hears no signals
+        signal.signal(signal.SIGTERM, handler)
 
 
 def run_alone(module) -> int:

@@ -6,7 +6,10 @@ needs `pip install "transformers[serving]"`.
 """
 
 import argparse
+import signal
 import sys
+
+from gated_llama.scripts.cli import on_sigterm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from gated_llama.serve import serve
 
+    on_sigterm(signal.SIG_DFL)  # the threads of a server would outlive an interrupt
     serve(args.model, args.options)
 
 

@@ -451,7 +451,7 @@ def new_folder(output: str | os.PathLike, *, force: bool = False) -> Iterator[Pa
 
 
 @contextmanager
-def work_folder(output: Path, kind: str, *, force: bool = False) -> Iterator[Path]:
+def work_folder(output: str | os.PathLike, kind: str, *, force: bool = False) -> Iterator[Path]:
     """
     Context manager: a hidden folder beside an `output` that may be written, gone at the end. What killed runs left is
     cleared first.
@@ -459,6 +459,7 @@ def work_folder(output: Path, kind: str, *, force: bool = False) -> Iterator[Pat
     Raises:
         UserError: as [`new_folder`] does.
     """
+    output = Path(os.path.realpath(output))
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file: give a folder to write.")
     folder = output.with_name(f".{output.name}.{kind}-{os.getpid()}")

@@ -49,7 +49,7 @@ def dequantized(
         raise UserError(f"{source} is local and has no revision {revision!r}: leave --revision out.")
     if not (path / gguf_file).is_file():
         raise UserError(f"{path / gguf_file} is no file.")
-    with work_folder(Path(os.path.realpath(output)), "dense", force=force) as folder:
+    with work_folder(output, "dense", force=force) as folder:
         quantized = dequantize(path / gguf_file, folder, dtype)
         yield Source(folder, str(source) if on_hub else gguf_file, commit, on_hub, gguf_file, quantized)
 

@@ -97,8 +97,7 @@ def desink_checkpoint(
     settings, text = _suited(found, settings), [str(source) for source in text]
     for source in text:
         refuse_replacing(source, output)
-    if processes.num_processes > 1 and ":" in (device or ""):
-        raise UserError(f"each process takes a device of its own: give --device {device.partition(':')[0]}.")
+    device = _device(device, processes)
     documents = read_documents(text)
     asked = {"model": found.found_again_by, "revision": found.revision, "text": text, **asdict(settings)}
     asked |= {"digest of the text": digest_of(documents), "processes": processes.num_processes}
@@ -112,7 +111,7 @@ def desink_checkpoint(
             with no_bars_of_transformers():
                 convert_checkpoint(found.found_again_by, run.gated, revision=found.revision, **how)
         processes.wait_for_everyone()
-        base, edited, tokenizer = _load_twice(run.gated, device or _usual_device(processes))
+        base, edited, tokenizer = _load_twice(run.gated, device)
         checkpoint = read_checkpoint(run.gated)
         dtype = read_gated_config(checkpoint.config, str(run.gated)).dtype or torch.float32
         windows = Windows(tokenizer, documents, settings, base.config, progress and main)
@@ -167,8 +166,12 @@ def _suited(found: Source, settings: DesinkSettings) -> DesinkSettings:
     return settings
 
 
-def _usual_device(processes: PartialState) -> str:
-    """That of this process; regressions take fp64, which Apple's GPUs do not have."""
+def _device(asked: str | None, processes: PartialState) -> str:
+    """The one asked for, or that of this process; regressions take fp64, which Apple's GPUs do not have."""
+    if asked and ":" in asked and processes.num_processes > 1:
+        raise UserError(f"each process takes a device of its own: give --device {asked.partition(':')[0]}.")
+    if asked:
+        return asked
     return "cpu" if processes.device.type == "mps" else str(processes.device)
 
 

@@ -49,6 +49,11 @@ class DesinkSettings:
     judged_tokens: int = 8_192
     seed: int = 0
 
+    @property
+    def judged_windows(self) -> int:
+        """Rows of held-out text that are measured on, of settings that have a length."""
+        return max(2, self.judged_tokens // self.length)
+
     def suited_to(self, longest: int) -> "DesinkSettings":
         """With the length of a row that suits a model made for texts of so many tokens, if none was given."""
         most = SLIDING_ROWS * self.sliding_window if self.sliding_window else LONGEST

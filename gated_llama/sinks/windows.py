@@ -67,7 +67,7 @@ class Windows:
         twice = cut_windows(self.held_out, FAR_WINDOWS, 2 * self.length, f"{self.seed} recalled")
         self.recalled = with_returns(twice, f"{self.seed} recalled")
         self.short = self._cut(self.held_out, SHORT_WINDOWS, "short", min(SHORT, self.length))
-        self.judged = self._cut(self.held_out, max(2, settings.judged_tokens // self.length), "judge")
+        self.judged = self._cut(self.held_out, settings.judged_windows, "judge")
         self.calibration = self._cut(self.train, 8, "calibration")
 
     def __str__(self) -> str:

@@ -99,6 +99,9 @@ def _write_gates(network: "torch.nn.Module", to: Written) -> None:
     from gated_llama.training.trainer import gathered
 
     gates = {name: gathered(gate) for name, gate in gate_parameters(network)}
+    base = f"{network.base_model_prefix}."
+    if not any(key.startswith(base) for key in to.checkpoint.tensors):  # the keys of a bare model under a causal name
+        gates = {name.removeprefix(base): gate for name, gate in gates.items()}
     if to.main:
         write_with_gates(to.checkpoint, gates, to.folder, link=to.link, progress=False)
         copy_file(to.checkpoint.folder / CONFIG_NAME, to.folder / CONFIG_NAME)
