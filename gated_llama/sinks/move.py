@@ -307,14 +307,14 @@ class _LayerEdit:
         sizes = (value.norm(dim=1) / origin.values[others].norm(dim=2).mean(0)).repeat_interleave(self.groups)
         good = torch.zeros_like(value[:, 0]).bool()
         chosen = (sink.view(-1, self.groups) >= settings.min_sink).any(1) & bool(len(firsts))  # (K)
-        if chosen.any():
+        is_damped = bool(len(firsts)) and self.is_damped(base, edited)
+        if chosen.any() or is_damped:
             before = weights_of_attention(self.layer)
-            is_damped = self.is_damped(base, edited)
             if not is_damped:
                 self.scale_hidden(seen)
             self.edit_keys(seen, chosen)
             if is_damped:
-                self.unmoved = self.reading_sinks_as_they_were(before, origin, seen, chosen)
+                self.unmoved = self.reading_sinks_as_they_were(before, origin, seen)
             now = self.attend(edited)
             shift = value.repeat_interleave(self.groups, 0) * settings.values  # (N, H)
             moved, target = now.outputs - shift, wanted - shift
@@ -325,7 +325,7 @@ class _LayerEdit:
             good = chosen & (errors.view(-1, self.groups) <= settings.max_error).all(1)
             heads = good.repeat_interleave(self.groups)
             self.keep(before | self.unmoved, good, shift, weight, bias)
-            if is_damped and not good[chosen].all():
+            if is_damped and not good.all():
                 outputs = self.gated(gate_values(gate, seen.states), self.attend(edited).outputs)
             left = torch.where(heads, 1 - now.others[others].mean(0), sink)
             outputs = torch.where(heads[:, None], moved_gated, outputs)
@@ -418,21 +418,17 @@ class _LayerEdit:
         now, before = (states[self.sinks].norm(dim=1).mean() for states in (edited, base))
         return self.settings.damping != 1 and bool(2 * now < before)
 
-    def reading_sinks_as_they_were(
-        self, before: dict, origin: Attended, seen: Attended, chosen: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def reading_sinks_as_they_were(self, before: dict, origin: Attended, seen: Attended) -> dict[str, torch.Tensor]:
         """
-        Weights with which those of the `chosen` (K) KV heads that keep their sink read what is left of damped ones as
-        these were, so that key and value are too: W + W (x₀ − x)·uᵀ, of the state x₀ that is x now, with u as in
-        [`edit_keys`].
+        Weights with which KV heads that keep their sink read what is left of damped ones as these were, so that key and
+        value are too: W + W (x₀ − x)·uᵀ, of the state x₀ that is x now, with u as in [`edit_keys`].
         """
-        rows, fitted = chosen.repeat_interleave(self.attention.head_dim), self.sinks[self.fitted]
+        fitted = self.sinks[self.fitted]
         was, now = (found.states[self.fitted][fitted].double().mean(0) for found in (origin, seen))  # (E)
         written = {}
         for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
             weight = before[name].double()
-            change = torch.where(rows, weight @ (was - now), 0)
-            written[name] = (weight + torch.outer(change, self.direction)).to(before[name])
+            written[name] = (weight + torch.outer(weight @ (was - now), self.direction)).to(before[name])
         return written
 
     @property
