@@ -657,16 +657,22 @@ def plain(tmp_path_factory):
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:.* are few for regressions")
-def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, capsys, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
-    real, asked = recipe.move_sinks, []
+@pytest.fixture
+def asked(monkeypatch):
+    """The settings with which `desink` moves sinks."""
+    real, found = recipe.move_sinks, []
     monkeypatch.setattr(
         recipe,
         "move_sinks",
-        lambda model, ids, settings, **kw: asked.append(settings) or real(model, ids, settings, **kw),
+        lambda model, ids, settings, **kw: found.append(settings) or real(model, ids, settings, **kw),
     )
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, asked, capsys):
+    from transformers import AutoModelForCausalLM
+
     arguments = [str(plain / "plain"), str(plain / "out"), "--text", str(plain / "text.jsonl"), *SMALL, "--json"]
     assert main(["desink", *arguments, "--max-loss", "900%", "--damping", "4"]) == 0
     assert asked == [replace(recipe.ANY_PRICE, damping=4.0)]
@@ -694,11 +700,12 @@ def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, 
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(plain, capsys, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(plain, asked, capsys, monkeypatch):
     arguments = ["--text", str(plain / "text.jsonl"), *SMALL, "--max-loss", "900%", "--sliding-window", "64"]
     arguments += ["--batch-size", "1"]
     whole, stopped = plain / "whole", plain / "stopped"
     assert main(["desink", str(plain / "plain"), str(whole), *arguments]) == 0
+    assert asked == [MoveSettings(max_loss=float("inf"), max_error=float("inf"), first=4)]  # small sinks too
     weights = load_file(whole / "model.safetensors")
     config = json.loads((whole / "config.json").read_text())
     assert config["sliding_window"] == 64 and "layer_types" not in config
