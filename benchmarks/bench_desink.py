@@ -26,7 +26,8 @@ from measured import RESULTS, ROOT, append_record, circumstances, read_records, 
 
 RECORDS = RESULTS / "desink.jsonl"
 SHOWN = {  # outputs, and how the table calls what made them
-    "desinked-default": "SmolLM2-135M",
+    "desinked-small-left": "SmolLM2-135M",
+    "desinked-default": "SmolLM2-135M, small sinks moved too",
     "desinked-sliding": "SmolLM2-135M, `--sliding-window 256`",
     "desinked-elementwise": "SmolLM2-135M, elementwise gates",
     "desinked-qwen": "Qwen2.5-Coder-0.5B",

@@ -37,7 +37,8 @@ PASSAGES, NEEDLES = 100, 20
 SHOWN = {  # records, and how the table calls them
     "SmolLM2-135M": "SmolLM2-135M",
     "SmolLM2-135M, `desink --sliding-window 256`": "`desink --sliding-window 256`",
-    "SmolLM2-135M, `desink`": "`desink`",
+    "SmolLM2-135M, `desink`, small sinks left": "`desink`",
+    "SmolLM2-135M, `desink`": "`desink`, small sinks moved too",
     "SmolLM2-135M, `desink` on rows of 2,048": "`desink --length 2048`",
     "SmolLM2-135M without its sink": "`desink --length 256 --calm-tokens 196608`",
     "Qwen2.5-Coder-0.5B": "Qwen2.5-Coder-0.5B",

@@ -675,7 +675,7 @@ def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, 
 
     arguments = [str(plain / "plain"), str(plain / "out"), "--text", str(plain / "text.jsonl"), *SMALL, "--json"]
     assert main(["desink", *arguments, "--max-loss", "900%", "--damping", "4"]) == 0
-    assert asked == [replace(recipe.ANY_PRICE, damping=4.0)]
+    assert asked == [MoveSettings(max_loss=float("inf"), min_sink=0.2, damping=4.0)]
     result = json.loads(capsys.readouterr().out)
     assert [step["name"] for step in result["steps"]] == ["calmed", "moved", "healed"]
     model = AutoModelForCausalLM.from_pretrained(plain / "out", dtype="auto")

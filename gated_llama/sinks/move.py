@@ -95,8 +95,8 @@ class MoveSettings:
 
     Attributes:
         max_loss: the share by which the loss may rise, on windows that were not fitted on.
-        min_sink: mean p₀ from which on a head's sink is moved. Small sinks, in early layers, cost far context the most;
-            but a model that keeps them needs its first token in sight (LOG.md).
+        min_sink: mean p₀ from which on a head's sink is moved. Small sinks, most in early layers, cost much for what
+            they get; but a model that keeps them needs its first token in sight (docs/sinks.md).
         max_error: of what a head puts out (see [`HeadFit.error`]); a KV head whose query heads change more on windows
             that were not fitted on stays as it was.
         damping: the neurons that make sinks massive write so many times less (see [`gated_llama.sinks.writers`]); 32

@@ -55,8 +55,7 @@ from gated_llama.training.trainer import has_accelerator
 
 INSPECTED = 8  # windows that the page is made of
 COMPARED = 1024  # tokens of a row on which it is measured what KV heads cost
-# Of what is moved; small sinks, most of them in early layers, are worth less than moving them costs (docs/sinks.md).
-ANY_PRICE = MoveSettings(max_loss=float("inf"), min_sink=0.2)
+LEAST_SINK = 0.2  # of a head's attention: to move smaller sinks costs more than it is worth (docs/sinks.md)
 LEAST_ATTENTION = 0.05  # that a KV head is taken to be rid of, summed over the query heads that share it
 
 
@@ -301,9 +300,11 @@ class _Steps:
         self.step(name, sum(ids.numel() for ids in batches), work, may_be_undone=True)
 
     def move(self) -> str:
-        asked = replace(ANY_PRICE, damping=self.settings.damping)
-        if self.settings.sliding_window:  # behind which no head has its sink any more, small or not, fitted or not
-            asked = replace(asked, min_sink=MoveSettings.min_sink, max_error=float("inf"), first=FIRST)
+        asked = MoveSettings(max_loss=float("inf"), damping=self.settings.damping)
+        if self.settings.sliding_window:  # behind which no head has its sink any more, whether or not its gate fits
+            asked = replace(asked, max_error=float("inf"), first=FIRST)
+        else:
+            asked = replace(asked, min_sink=LEAST_SINK)
         found = move_sinks(self.edited, self.fitted, asked, sinks=sink_tokens(self.lengths), progress=self.progress)
         self.run.keep_unmoved(found.unmoved)
         self.announce(str(found))
