@@ -463,8 +463,9 @@ def test_a_base_that_keeps_its_first_tokens(own_window):
         assert torch.equal(losses(model, ids, seen=last_tokens(TOKENS, own_window or TOKENS)), usual)  # asked otherwise
         if own_window is None:
             with capture_attention(model, lambda layer, start, begin, weights, output: shares.append(weights)):
-                # Sums in another order: eight last places of losses near 5 (1.9e-6 here).
-                torch.testing.assert_close(losses(model, ids), expected, rtol=0, atol=4e-6)
+                # Sums in another order: nine last places of losses near 7, on an AMD EPYC (4.3e-6; on Intel 1.9e-6).
+                torch.testing.assert_close(losses(model, ids), expected, rtol=0, atol=1e-5)
+                assert (usual - expected).abs().max() > 1e-3
             assert all(torch.equal(found != 0, seen.expand_as(found)) for found in shares) and len(shares) == 3
     assert torch.equal(losses(model, ids), usual)
 
