@@ -415,8 +415,10 @@ class _LayerEdit:
 
     def is_damped(self, base: torch.Tensor, edited: torch.Tensor) -> bool:
         """Damped neurons made sinks less than half as long as they were."""
+        if self.settings.damping == 1:
+            return False
         now, before = (states[self.sinks].norm(dim=1).mean() for states in (edited, base))
-        return self.settings.damping != 1 and bool(2 * now < before)
+        return bool(2 * now < before)
 
     def reading_sinks_as_they_were(self, before: dict, origin: Attended, seen: Attended) -> dict[str, torch.Tensor]:
         """
