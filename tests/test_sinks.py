@@ -26,7 +26,7 @@ from gated_llama.inspection.quantization import quantized
 from gated_llama.scripts.cli import main
 from gated_llama.sinks import recipe
 from gated_llama.sinks.budget import undo_fewest, weights_of_attention
-from gated_llama.sinks.distil import DistilSettings, distil
+from gated_llama.sinks.distil import DistilSettings, choose_trained, distil
 from gated_llama.sinks.judge import judge, losses
 from gated_llama.sinks.kv_heads import KVHeads
 from gated_llama.sinks.layers import Lengths, attend, rotary_of, sink_tokens, state_lengths
@@ -508,7 +508,7 @@ def test_distillation_learns_from_the_base_and_calms_what_is_massive():
         model = copy.deepcopy(base)
         with torch.no_grad():
             model.model.layers[0].self_attn.attn_gate.proj.weight.normal_(0, 0.3)
-        settings = DistilSettings("layers", lr=1e-2, gate_lr=2e-2, penalty=penalty)
+        settings = DistilSettings("layers", lr=1e-2, gate_lr=0.6, penalty=penalty)
         found = distil(model, base, ids.split(4), lengths, settings)
         assert all(parameter.grad is None for parameter in model.parameters())
         massive[penalty] = state_lengths(model, ids).states[:, :, 0].mean().item()
@@ -528,6 +528,40 @@ def test_distillation_trains_what_it_says_and_nothing_else(train):
     assert {name.split(".")[0] for name in changed} == {"model"} and not any("embed" in name for name in changed)
     quick = {name for name in changed if "attn_gate" in name or name.endswith(("v_proj.bias", "o_proj.bias"))}
     assert quick and (changed == quick) == (train == "gates") and not any("q_proj" in name for name in changed)
+
+
+def test_gates_learn_alike_whatever_the_size_of_the_states_that_they_read():
+    """A norm ten times as large before weights a tenth as large is the same model; and so it is after distilling."""
+    base, ids, found = gated_model(GatedLlamaForCausalLM), token_ids(24, 20), []
+    base.lm_head.weight.data.mul_(1000)  # for gradients beside which Adam's epsilon is nothing
+    for size in (1, 10):
+        teacher = copy.deepcopy(base)
+        with torch.no_grad():
+            for layer in teacher.model.layers:
+                layer.input_layernorm.weight.mul_(size)
+                for name in ("q_proj", "k_proj", "v_proj"):
+                    getattr(layer.self_attn, name).weight.div_(size)
+                layer.self_attn.attn_gate.proj.weight.div_(size)
+        model = copy.deepcopy(teacher)
+        for layer in model.model.layers:
+            torch.nn.init.zeros_(layer.self_attn.attn_gate.proj.weight)
+        distil(model, teacher, ids.split(4), state_lengths(teacher, ids), DistilSettings("gates", penalty=0.0))
+        found.append([layer.self_attn.attn_gate.proj.weight * size for layer in model.model.layers])
+    assert all(gates.abs().max() > 1e-3 for gates in found[0])
+    for one, ten in zip(*found, strict=True):
+        torch.testing.assert_close(ten, one, rtol=0, atol=1e-4)
+
+
+def test_biases_learn_in_the_measure_of_the_states():
+    model, ids = gated_model(GatedLlamaForCausalLM), token_ids(8, 20)
+    add_biases(model)
+    lengths = state_lengths(model, ids)
+    rates = [
+        [group["lr"] for group in choose_trained(model, measured, DistilSettings("layers"))]
+        for measured in (lengths, replace(lengths, states=3 * lengths.states))
+    ]
+    gates, biases, others = (after / before for before, after in zip(*rates, strict=True))
+    assert (gates, others) == (1, 1) and biases == pytest.approx(3)
 
 
 def test_gates_of_layers_from_which_nothing_was_moved_stay_open():

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from gated_llama.gates import is_gate
+from gated_llama.inspection.attention import decoder_layers
 from gated_llama.sinks.layers import Lengths, lengths_seen
 
 
@@ -28,8 +29,10 @@ class DistilSettings:
 
     Attributes:
         train: `"gates"` and the biases of v and o beside them, or `"layers"`, everything but embeddings and head.
-        lr, gate_lr: of the weights, and of gates and biases. They fall to a tenth, along a cosine, after a tenth of the
-            steps in which they rise.
+        lr: of the weights. Rates fall to a tenth, along a cosine, after a tenth of the steps in which they rise.
+        gate_lr: of gates, as far as a step may move a gate's logit: divided by the sum of the weights of the norm that
+            gates read, in which models differ tenfold.
+        bias_lr: of the biases of v and o, as a share of what the base's states are (their RMS; medians).
         penalty, times: weight of the penalty on long states, and from how many medians on they are long (see
             [`long_states`]).
         frozen: parts of names of weights that stay as they are.
@@ -37,22 +40,27 @@ class DistilSettings:
 
     train: str = "gates"
     lr: float = 2e-4
-    gate_lr: float = 1e-3
+    gate_lr: float = 0.175  # 1e-3 for SmolLM2-135M, 1e-4 for Qwen2.5-0.5B; more raises its divergence (LOG.md)
+    bias_lr: float = 1.6e-4
     penalty: float = 0.02
     times: float = 2.5
     frozen: tuple[str, ...] = ()
 
 
-def choose_trained(model: PreTrainedModel, train: str, frozen: Sequence[str] = ()) -> tuple[list, list]:
-    """Let only what is to be trained require gradients: gates and the biases of v and o, and the rest."""
-    gates, rest = [], []
+def choose_trained(model: PreTrainedModel, lengths: Lengths, settings: DistilSettings) -> list[dict]:
+    """Let only what is to be trained require gradients, and give it in groups: gates, the biases of v and o, others."""
+    gates, biases, others = [], [], []
     for name, parameter in model.named_parameters():
-        is_quick = is_gate(name) or name.endswith(("v_proj.bias", "o_proj.bias"))
-        chosen = is_quick or (train == "layers" and ".layers." in name)
-        parameter.requires_grad = chosen and not any(part in name for part in frozen)
+        is_bias = name.endswith(("v_proj.bias", "o_proj.bias"))
+        chosen = is_gate(name) or is_bias or (settings.train == "layers" and ".layers." in name)
+        parameter.requires_grad = chosen and not any(part in name for part in settings.frozen)
         if parameter.requires_grad:
-            (gates if is_quick else rest).append(parameter)
-    return gates, rest
+            (gates if is_gate(name) else biases if is_bias else others).append(parameter)
+    norms = torch.stack([layer.input_layernorm.weight.detach().abs().sum() for layer in decoder_layers(model)])
+    rms = lengths.limits(1)[0].median().item() / model.config.hidden_size**0.5
+    rates = (settings.gate_lr / norms.median().item(), settings.bias_lr * rms, settings.lr)
+    groups = zip((gates, biases, others), rates, strict=True)
+    return [{"params": parameters, "lr": lr} for parameters, lr in groups if parameters]
 
 
 @contextmanager
@@ -112,10 +120,9 @@ def distil(
         Divergence and penalty of each step, on the rows of this process.
     """
     settings = settings or DistilSettings()
-    gates, rest = choose_trained(model, settings.train, settings.frozen)
-    groups = [{"params": gates, "lr": settings.gate_lr}, {"params": rest, "lr": settings.lr}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), weight_decay=0.0)
-    highest = [group["lr"] for group in optimizer.param_groups]
+    groups = choose_trained(model, lengths, settings)
+    trained, highest = [each for group in groups for each in group["params"]], [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     rank, processes = process_of()
     found = _restore(state, model, optimizer) if state and state.exists() else []
     device = model.device
@@ -137,8 +144,8 @@ def distil(
             penalty = penalty_of()
             optimizer.zero_grad()
             (loss + settings.penalty * penalty).backward()
-            _mean_gradients([*gates, *rest], processes)
-            nn.utils.clip_grad_norm_([*gates, *rest], 1.0)
+            _mean_gradients(trained, processes)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             found.append((loss.item(), penalty.item()))
             bar.update(batch.numel())

@@ -64,7 +64,7 @@ class Windows:
         check_tokens(max(self.train.max(), self.held_out.max(), *self.beginnings), config.vocab_size)
         far = min(4 * self.length, config.max_position_embeddings, len(self.held_out) - 1)
         self.far = cut_windows(self.held_out, FAR_WINDOWS, far, f"{self.seed} far")
-        twice = cut_windows(self.held_out, FAR_WINDOWS, 2 * self.length, f"{self.seed} recalled")
+        twice = cut_windows(self.held_out, settings.judged_windows, 2 * self.length, f"{self.seed} recalled")
         self.recalled = with_returns(twice, f"{self.seed} recalled")
         self.short = self._cut(self.held_out, SHORT_WINDOWS, "short", min(SHORT, self.length))
         self.judged = self._cut(self.held_out, settings.judged_windows, "judge")
