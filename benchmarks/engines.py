@@ -1,5 +1,5 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What was run on which engine, and the README's table of it: `python benchmarks/engines.py` writes the table anew."""
+"""What was run on which engine, and docs/serve.md's table of it, which `python benchmarks/engines.py` writes anew."""
 
 from itertools import combinations
 

@@ -2,8 +2,8 @@
 """Turn a Llama, Mistral or Qwen checkpoint into a gated one that computes the same.
 
 The source's weights are carried over byte for byte and never touched; the gates are added in a file of their own. The
-output appears only when it is complete and, unless --no-verify is given, has been run against the source. Sources with
-gates, ours or in the paper authors' layout, keep them.
+output appears only when it is complete and, if memory suffices, has been run against the source. Sources with gates,
+ours or in the paper authors' layout, keep them.
 """
 
 import argparse

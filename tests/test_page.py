@@ -154,3 +154,28 @@ def test_changes_say_better_or_worse_where_that_is_clear(measurements):
     first, second = verdict([one, other])
     assert first.startswith("before gives its first token ") and "No token is massive." in first
     assert "its loss is +1.0 %, and its largest activations are 0.02 times as large" in second
+    token = {"first": True, "seen": 2, "written_by": "the MLP of layer 1", "removed_by": None}
+    one["massive"] = other["massive"] = [token]
+    assert verdict([one, other])[1].endswith("times as large. The same tokens are massive.")
+    other["massive"] = [token | {"removed_by": "the MLP of layer 2"}]
+    assert verdict([one, other])[1].endswith("Massive: the first token, from the MLP of layer 1 to the MLP of layer 2.")
+
+
+def test_a_change_from_nothing_is_a_difference(measurements):
+    one, other = (json.loads(json.dumps(read_measurements([measurements])[1])) for _ in range(2))
+    one["attention"]["sink_rate"]["64"], other["attention"]["sink_rate"]["64"] = 0.0, 0.25
+    one["without_gates"]["open"][1], other["without_gates"]["open"][1] = 1e-9, 0.5
+    names = [name for name, _, _ in summary_rows([one, other])]
+    found = dict(zip(names, (change for (change,) in differences([one, other])), strict=True))
+    assert found["Sink rate, 64 tokens"] == "+25 points, worse"
+    assert found["KL from trained, gates open"] == "+0.500"
+
+
+def test_of_gates_that_are_all_open_nothing_is_drawn(tmp_path, measurements):
+    gated = gated_model(GatedLlamaForCausalLM, trained=False)
+    sentence = {"sentence": "the cat sat on the mat", "query": "sat"}
+    opened = json.loads(measure(gated, tiny_tokenizer(), token_ids(2, 70), **sentence).to_json())
+    assert opened["gated"] and opened["gates"]
+    page = draw([opened, *read_measurements([measurements])[1:]], tmp_path).read_text()
+    assert len(list(tmp_path.glob("gates-*.png"))) == 3 and len(list(tmp_path.glob("sentence-*.png"))) == 6
+    assert re.search(r"Loss, gates open</th>.*?<td>–</td>", page) and Page(page).tokens == 70

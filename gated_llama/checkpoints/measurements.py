@@ -52,7 +52,7 @@ class Row:
         value: of a model; None where it has none.
         source: by whose definition.
         form: of the value.
-        relative: compared by the ratio, not by the difference.
+        relative: compared by the ratio, not by the difference; where there is one.
         aim: -1 if less is better, 0 if neither is.
     """
 
@@ -111,8 +111,8 @@ ROWS = [
     Row("Loss, gates as trained", _of_gates("trained", 0), "on a part of the text", aim=0),
     Row("Loss, gates open", _of_gates("open", 0), "g → 1", aim=0),
     Row("Loss, gates inverted", _of_gates("inverted", 0), "g → 2 − g", aim=0),
-    Row("KL from trained, gates open", _of_gates("open", 1), aim=0),
-    Row("KL from trained, gates inverted", _of_gates("inverted", 1), aim=0),
+    Row("KL from trained, gates open", _of_gates("open", 1), relative=False, aim=0),
+    Row("KL from trained, gates inverted", _of_gates("inverted", 1), relative=False, aim=0),
 ]
 NOTHING = "–"  # where a model has no such value
 TOLD = 0.005  # from this change on it is said to be better or worse
@@ -145,8 +145,9 @@ def _values(measured: list[dict]) -> list[tuple[str, Row, list[float | None]]]:
 def _difference(row: Row, one: float | None, other: float | None) -> str:
     if one is None or other is None:
         return ""
-    change = (other / one - 1 if one else 0.0) if row.relative else other - one
-    if row.relative:
+    relative = row.relative and one != 0
+    change = other / one - 1 if relative else other - one
+    if relative:
         text = f"{100 * change:+.1f} %" if abs(change) < 0.5 else f"× {other / one:.3g}"
     else:
         text = f"{round(100 * change):+} points" if row.form.endswith("%") else format(change, "+.3f")

@@ -192,6 +192,7 @@ def _without_gates(
     finally:
         model.set_gate_strength(own)
     count, length = windows.shape
-    return {
-        name: (loss / count / (length - 1), divergence / count / length) for name, (loss, divergence) in sums.items()
+    return {  # a divergence of next to nothing may be rounded below 0
+        name: (loss / count / (length - 1), max(0.0, divergence) / count / length)
+        for name, (loss, divergence) in sums.items()
     }

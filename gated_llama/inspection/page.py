@@ -43,6 +43,7 @@ def draw(measured: list[dict], folder: str | Path, head: str | None = None) -> P
     chosen = chosen_head(head, len(layers), len(layers[0])) if head else _with_half_a_sink(layers)
     for number, model in enumerate(measured):
         model["name"] = Path(model["model"]).name or f"model {number + 1}"
+        _hide_open_gates(model)
     figures = []
     for name, title, text, panels in FIGURES:
         images = []
@@ -65,6 +66,14 @@ def draw(measured: list[dict], folder: str | Path, head: str | None = None) -> P
     return folder / "index.html"
 
 
+def _hide_open_gates(model: dict) -> None:
+    """Gates that let all pass have nothing to show: the model is drawn as one that has none."""
+    if model["gates"] and not any(layer["moved"] for layer in model["gates"]["layers"]):
+        model.update(gates=None, without_gates=None)
+        for text in filter(None, (model["text"], model["sentence"])):
+            text.update(gates=None, query_gates=None)
+
+
 def gate_colour(gate: float) -> str:
     """The colour of a gate on its scale, as CSS, light enough for dark text."""
     return to_hex(matplotlib.colormaps[GATES["cmap"]](0.2 + 0.6 * min(2.0, max(0.0, gate)) / 2))
@@ -81,7 +90,9 @@ Panels = list[tuple[str, Figure]]  # with what stands for each where it cannot b
 
 def _panel(width: float = 4.6, height: float = 3.6) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+    axes = figure.subplots()
+    axes.title.set_wrap(True)  # names of models may be long
+    return figure, axes
 
 
 def _image(

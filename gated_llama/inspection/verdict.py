@@ -9,7 +9,7 @@ def verdict(measured: list[dict]) -> list[str]:
     first, *others = measured
     return [
         f"{first['name']} gives its first token {_of_attention(first)}. {_massive(first)}",
-        *(f"{_after(first, other)} {_massive(other)}" for other in others),
+        *(f"{_after(first, other)} {_still_massive(first, other)}" for other in others),
     ]
 
 
@@ -28,6 +28,11 @@ def _after(one: dict, other: dict) -> str:
         f"{other['name']} gives it {_of_attention(other)}; its loss is {100 * loss:+.1f} %, and its largest "
         f"activations are {change}."
     )
+
+
+def _still_massive(one: dict, other: dict) -> str:
+    said = _massive(other)
+    return "The same tokens are massive." if one.get("massive") and said == _massive(one) else said
 
 
 def _massive(model: dict) -> str:

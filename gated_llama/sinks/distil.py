@@ -30,9 +30,9 @@ class DistilSettings:
     Attributes:
         train: `"gates"` and the biases of v and o beside them, or `"layers"`, everything but embeddings and head.
         lr: of the weights. Rates fall to a tenth, along a cosine, after a tenth of the steps in which they rise.
-        gate_lr: of gates, as far as a step may move a gate's logit: divided by the sum of the weights of the norm that
-            gates read, in which models differ tenfold.
-        bias_lr: of the biases of v and o, as a share of what the base's states are (their RMS; medians).
+        gate_lr: of gates, gate_lr / Σ|w| with w the weights of the norm that they read (the median layer's), so that a
+            step moves a gate's logit alike in every model. Models differ tenfold in these weights.
+        bias_lr: of the biases of v and o, bias_lr · the RMS of the base's residual states (a median).
         penalty, times: weight of the penalty on long states, and from how many medians on they are long (see
             [`long_states`]).
         frozen: parts of names of weights that stay as they are.
