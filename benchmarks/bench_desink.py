@@ -30,7 +30,8 @@ SHOWN = {  # outputs, and how the table calls what made them
     "desinked-default": "SmolLM2-135M, small sinks moved too",
     "desinked-sliding": "SmolLM2-135M, `--sliding-window 256`",
     "desinked-elementwise": "SmolLM2-135M, elementwise gates",
-    "desinked-qwen": "Qwen2.5-Coder-0.5B",
+    "desinked-qwen-small-left": "Qwen2.5-Coder-0.5B",
+    "desinked-qwen": "Qwen2.5-Coder-0.5B, small sinks moved too",
     "desinked-qwen-sliding": "Qwen2.5-Coder-0.5B, `--sliding-window 256`",
 }
 RESTORED = ("KV heads restored", "key heads given back")  # the step, now and in older records

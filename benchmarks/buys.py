@@ -43,7 +43,8 @@ SHOWN = {  # records, and how the table calls them
     "SmolLM2-135M without its sink": "`desink --length 256 --calm-tokens 196608`",
     "Qwen2.5-Coder-0.5B": "Qwen2.5-Coder-0.5B",
     "Qwen2.5-Coder-0.5B, `desink --sliding-window 256`": "`desink --sliding-window 256`",
-    "Qwen2.5-Coder-0.5B, `desink` on rows of 1,024": "`desink --length 1024`",
+    "Qwen2.5-Coder-0.5B, `desink` on rows of 1,024, small sinks left": "`desink --length 1024`",
+    "Qwen2.5-Coder-0.5B, `desink` on rows of 1,024": "`desink --length 1024`, small sinks moved too",
 }
 FILLER = "The weather stayed the same that day, and nobody in the town had anything to say about it. "
 
