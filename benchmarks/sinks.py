@@ -66,11 +66,11 @@ NO_GATES = ("attn_gate", "_proj.bias")
 
 def healed_on_text(*frozen: str, tokens: int = 4_587_520, **settings) -> Distil:
     """All weights trained on the text itself. Queries and keys are kept, or the sink comes back."""
-    return Distil(tokens, DistilSettings("layers", lr=6e-5, frozen=frozen, **settings), 2, teacher=False)
+    return Distil(tokens, DistilSettings("layers", lr=0.0105, frozen=frozen, **settings), 2, teacher=False)
 
 
 def all_distilled(**settings) -> Distil:
-    return Distil(4_587_520, DistilSettings("layers", lr=1e-4, frozen=("q_proj", "k_proj"), **settings), 2)
+    return Distil(4_587_520, DistilSettings("layers", lr=0.0175, frozen=("q_proj", "k_proj"), **settings), 2)
 
 
 RECIPES = {
@@ -85,7 +85,7 @@ RECIPES = {
     "calmed, without gates": [replace(CALM, settings=replace(CALM.settings, frozen=NO_GATES))],
     "calmed, moved, gates distilled": [CALM, Move(), GATES],
     "calmed harder, moved, gates distilled": [
-        Distil(262_144, DistilSettings("layers", lr=3e-4, times=2.0)),
+        Distil(262_144, DistilSettings("layers", lr=0.0525, times=2.0)),
         Move(),
         replace(GATES, settings=DistilSettings("gates", gate_lr=0.35, bias_lr=3.2e-4, times=2.0)),
     ],

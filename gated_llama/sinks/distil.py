@@ -29,9 +29,10 @@ class DistilSettings:
 
     Attributes:
         train: `"gates"` and the biases of v and o beside them, or `"layers"`, everything but embeddings and head.
-        lr: of the weights. Rates fall to a tenth, along a cosine, after a tenth of the steps in which they rise.
-        gate_lr: of gates, gate_lr / Σ|w| with w the weights of the norm that they read (the median layer's), so that a
-            step moves a gate's logit alike in every model. Models differ tenfold in these weights.
+        lr, gate_lr: of weights and of gates, divided by Σ|w| with w the weights of the norm that layers begin with (the
+            median layer's), so that a step moves what they make of its output alike in every model. Models differ
+            tenfold in these weights. Rates fall to a tenth, along a cosine, after a tenth of the steps in which they
+            rise.
         bias_lr: of the biases of v and o, bias_lr · the RMS of the base's residual states (a median).
         penalty, times: weight of the penalty on long states, and from how many medians on they are long (see
             [`long_states`]).
@@ -39,8 +40,8 @@ class DistilSettings:
     """
 
     train: str = "gates"
-    lr: float = 2e-4
-    gate_lr: float = 0.175  # 1e-3 for SmolLM2-135M, 1e-4 for Qwen2.5-0.5B; more raises its divergence (LOG.md)
+    lr: float = 0.035  # 2e-4 for SmolLM2-135M, 2e-5 for Qwen2.5-0.5B; more raises its divergence (LOG.md)
+    gate_lr: float = 0.175
     bias_lr: float = 1.6e-4
     penalty: float = 0.02
     times: float = 2.5
@@ -56,9 +57,10 @@ def choose_trained(model: PreTrainedModel, lengths: Lengths, settings: DistilSet
         parameter.requires_grad = chosen and not any(part in name for part in settings.frozen)
         if parameter.requires_grad:
             (gates if is_gate(name) else biases if is_bias else others).append(parameter)
-    norms = torch.stack([layer.input_layernorm.weight.detach().abs().sum() for layer in decoder_layers(model)])
+    norms = [layer.input_layernorm.weight.detach().abs().sum() for layer in decoder_layers(model)]
+    norm = torch.stack(norms).median().item()
     rms = lengths.limits(1)[0].median().item() / model.config.hidden_size**0.5
-    rates = (settings.gate_lr / norms.median().item(), settings.bias_lr * rms, settings.lr)
+    rates = (settings.gate_lr / norm, settings.bias_lr * rms, settings.lr / norm)
     groups = zip((gates, biases, others), rates, strict=True)
     return [{"params": parameters, "lr": lr} for parameters, lr in groups if parameters]
 
