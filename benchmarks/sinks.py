@@ -87,7 +87,7 @@ RECIPES = {
     "calmed harder, moved, gates distilled": [
         Distil(262_144, DistilSettings("layers", lr=0.0525, times=2.0)),
         Move(),
-        replace(GATES, settings=DistilSettings("gates", gate_lr=0.35, bias_lr=3.2e-4, times=2.0)),
+        replace(GATES, settings=replace(GATES.settings, gate_lr=0.35, bias_lr=3.2e-4, times=2.0)),
     ],
     "calmed, moved, gates distilled, healed on text": [CALM, Move(), GATES, healed_on_text("q_proj", "k_proj")],
     "moved, gates distilled, healed on text": [Move(), NOT_CALM, healed_on_text("q_proj", "k_proj", penalty=0.0)],

@@ -52,8 +52,7 @@ def test_maps_in_half_precision(head_dim, dtype):
         expected = model(ids, use_cache=False, output_attentions=True).attentions[0]  # the first: later ones drift
     assert expected.dtype == dtype
     # What is summed in another order may round otherwise: on an AMD EPYC one weight of 5,202, in fp16, by 1.6 eps (its
-    # logit's last place); on Intel none.
-    # Scaled at another place than in eager attention, a thousand would.
+    # logit's last place); on Intel none. Scaled at another place than in eager attention, a thousand would.
     assert (captured[0] != expected.float()).sum() <= 1
     torch.testing.assert_close(captured[0], expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=0)
 

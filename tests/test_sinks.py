@@ -549,7 +549,7 @@ def test_gates_learn_alike_whatever_the_size_of_the_states_that_they_read():
         found.append([layer.self_attn.attn_gate.proj.weight * size for layer in model.model.layers])
     assert all(gates.abs().max() > 1e-3 for gates in found[0])
     for one, ten in zip(*found, strict=True):
-        torch.testing.assert_close(ten, one, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ten, one, rtol=0, atol=2e-6)  # fp32, in six steps: 8e-7 here, of gates up to .02
 
 
 def test_biases_learn_in_the_measure_of_the_states():
@@ -558,10 +558,10 @@ def test_biases_learn_in_the_measure_of_the_states():
     lengths = state_lengths(model, ids)
     rates = [
         [group["lr"] for group in choose_trained(model, measured, DistilSettings("layers"))]
-        for measured in (lengths, replace(lengths, states=3 * lengths.states))
+        for measured in (lengths, replace(lengths, states=4 * lengths.states))
     ]
     gates, biases, others = (after / before for before, after in zip(*rates, strict=True))
-    assert (gates, others) == (1, 1) and biases == pytest.approx(3)
+    assert (gates, biases, others) == (1, 4, 1)
 
 
 def test_gates_of_layers_from_which_nothing_was_moved_stay_open():

@@ -53,10 +53,11 @@ def choose_trained(model: PreTrainedModel, lengths: Lengths, settings: DistilSet
     gates, biases, others = [], [], []
     for name, parameter in model.named_parameters():
         is_bias = name.endswith(("v_proj.bias", "o_proj.bias"))
-        chosen = is_gate(name) or is_bias or (settings.train == "layers" and ".layers." in name)
+        group = gates if is_gate(name) else biases if is_bias else others
+        chosen = group is not others or (settings.train == "layers" and ".layers." in name)
         parameter.requires_grad = chosen and not any(part in name for part in settings.frozen)
         if parameter.requires_grad:
-            (gates if is_gate(name) else biases if is_bias else others).append(parameter)
+            group.append(parameter)
     norms = [layer.input_layernorm.weight.detach().abs().sum() for layer in decoder_layers(model)]
     norm = torch.stack(norms).median().item()
     rms = lengths.limits(1)[0].median().item() / model.config.hidden_size**0.5

@@ -31,10 +31,9 @@ class DesinkSettings:
             [`gated_llama.sinks.stream`]).
         length, batch_size: tokens of a row, if None `LONGEST` (four windows, for what slides) or half of what the model
             is made for; rows of a step, in each process. What is fitted to short rows forgets to look back further, so
-            the budget holds for texts four times as long too (as far as the model is made for them), and for passages
-            that come back in texts twice as long;
-            and for short texts, which pay for long rows. Rows that are trained on are of several lengths, this one the
-            longest.
+            the budget holds for texts four times as long too (as far as the model is made for them), for passages that
+            come back in texts twice as long, and for short texts, which pay for long rows. Rows that are trained on are
+            of several lengths, this one the longest.
         judged_tokens: of held-out text in rows, that are measured on; in two rows at least.
     """
 
