@@ -1,14 +1,16 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Move a checkpoint's attention sink into gates; if asked, calm its massive activations.
 
-Each step is measured on held-out text. With --calm-tokens all layers are distilled from the base with a penalty on
-massive states. Then keys, values and gates are fitted so that no head needs its sink; with --damping 32 the neurons
-that make it massive write 32 times less, for whoever quantizes. Then gates are distilled from the base. Last, KV heads
-are restored until the loss rose by no more than --max-loss: on short texts, on rows like those that were fitted on,
-past their length in longer texts, and on passages that come back. Where that takes all of them nothing is written.
+Each step is measured on held-out text. Keys, values and gates are fitted so that no head needs its sink. Then gates are
+distilled from the base. Last, KV heads are restored until the loss rose by no more than --max-loss: on short texts, on
+rows like those that were fitted on, past their length in longer texts, and on passages that come back. Where that takes
+all of them nothing is written.
+
+With --calm-tokens, for whoever quantizes, the neurons that make a sink massive write 32 times less, and in place of the
+gates alone all layers are distilled, with a penalty on massive states. Then no KV head is restored.
 
 With --sliding-window every layer sees the last tokens only, for streams in constant memory; all of it is compared with
-the base that keeps its first four tokens as well, as StreamingLLM reads a stream, and no KV head is restored.
+the base that keeps its first four tokens as well, as StreamingLLM reads a stream, and no KV head is restored either.
 `accelerate launch` spreads the training over several processes.
 """
 
@@ -29,12 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text, as finetune's --data")
     parser.add_argument("--calm-only", action="store_true", help="leave the sink: only calm massive activations")
     parser.add_argument("--max-loss", type=share, default=0.01, help="by how much the loss may rise (default: 1%%)")
-    parser.add_argument("--calm-tokens", type=int, default=0, help="calm massive activations on so many (default: 0)")
+    parser.add_argument("--calm-tokens", type=int, default=0, help="to distil all layers on (default: 0)")
     parser.add_argument(
-        "--damping", type=float, default=1.0, metavar="TIMES", help="see above (default: 1: not at all)"
+        "--damping", type=float, metavar="TIMES", help="see above (default: 1, or 32 with --calm-tokens)"
     )
     parser.add_argument("--move-tokens", type=int, default=32_768, help="to move the sink on (default: 32768)")
-    parser.add_argument("--heal-tokens", type=int, default=65_536, help="to distil gates on (default: 65536)")
+    parser.add_argument(
+        "--heal-tokens", type=int, help="to distil gates on (default: 65536, or none with --calm-tokens)"
+    )
     parser.add_argument("--sliding-window", type=int, metavar="W", help="see the last W tokens only")
     parser.add_argument(
         "--length", type=int, help="tokens of a row (default: 4096, or 4 W; half of what it is made for at the most)"

@@ -1,7 +1,8 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-A checkpoint without its attention sink: massive states calmed, the sink moved into the gates, the gates distilled from
-the base; each step measured on text that it has not seen, and nothing kept that costs more than it may.
+A checkpoint without its attention sink: the sink moved into the gates, these or all layers distilled from the base, so
+that massive states become calm; each step measured on text that it has not seen, and nothing kept that costs more than
+it may.
 """
 
 import os
@@ -193,7 +194,7 @@ def _load_twice(gated: Path, device: str) -> tuple[PreTrainedModel, PreTrainedMo
 @dataclass
 class _Steps:
     """
-    Calms, moves and heals `edited` as far as `settings` ask for it, and restores KV heads that cost too much. Each
+    Moves, heals and calms `edited` as far as `settings` ask for it, and restores KV heads that cost too much. Each
     step is added to `result`, and kept; its weights are rounded to `dtype`, so that what is measured is what is saved.
     """
 
@@ -214,21 +215,21 @@ class _Steps:
         self.announce(f"{self.result.source}, on {self.windows}: {started}")
         self.fitted = self.windows.cut(settings.move_tokens, "move")
         self.lengths = state_lengths(self.base, self.fitted, progress=self.progress)
+        if not settings.calm_only:  # whatever it costs: what follows makes good what it can
+            self.step("moved", self.fitted.numel(), self.move, may_be_undone=False)
+        if settings.heal_tokens and not settings.calm_only:  # gates alone cannot calm what is massive
+            self.learn("healed", "gates", settings.heal_tokens, 0.0)
         if settings.calm_tokens:
             self.learn("calmed", "layers", settings.calm_tokens, DistilSettings.penalty)
-        if not settings.calm_only:
-            self.move_and_heal()
+        self.restore_if_too_dear()
         return self.finished()
 
-    def move_and_heal(self) -> None:
+    def restore_if_too_dear(self) -> None:
+        """But for what slides, which needs all sinks gone, and what is calm, whose keys read no massive states."""
         settings, steps = self.settings, self.result.steps
-        self.is_calm = any(done.name == "calmed" and not done.undone for done in steps)
-        # Whatever it costs: healing makes good what it can, and KV heads that still cost too much are restored.
-        self.step("moved", self.fitted.numel(), self.move, may_be_undone=False)
-        if settings.heal_tokens:  # gates alone cannot calm what is massive
-            self.learn("healed", "gates", settings.heal_tokens, DistilSettings.penalty if self.is_calm else 0.0)
-        # What slides needs all sinks gone.
-        if not settings.sliding_window and too_dear(self.result.before, self.result.after, settings.max_loss):
+        is_calm = any(done.name == "calmed" and not done.undone for done in steps)
+        may_be_restored = not settings.sliding_window and not settings.calm_only and not is_calm
+        if may_be_restored and too_dear(self.result.before, self.result.after, settings.max_loss):
             rows = self.windows.cut(4 * COMPARED, "restored", COMPARED)[1:3]  # one plain, in one passages come back
             self.step("KV heads restored", rows.numel(), lambda: self.restore_heads(rows), may_be_undone=False)
 
@@ -303,12 +304,12 @@ class _Steps:
         asked = MoveSettings(max_loss=float("inf"), damping=self.settings.damping)
         if self.settings.sliding_window:  # behind which no head has its sink any more, whether or not its gate fits
             asked = replace(asked, max_error=float("inf"), first=FIRST)
-        else:
+        elif not self.settings.calm_tokens:  # with which small sinks, too, lose the state that makes them
             asked = replace(asked, min_sink=LEAST_SINK)
         found = move_sinks(self.edited, self.fitted, asked, sinks=sink_tokens(self.lengths), progress=self.progress)
         self.run.keep_unmoved(found.unmoved)
         self.announce(str(found))
-        if not self.is_calm and not any(head.moved for head in found.heads):
+        if not self.settings.calm_tokens and not any(head.moved for head in found.heads):
             raise VerificationError("no head has a sink that is large enough, and fits well enough, to be moved.")
         as_in_main(self.edited)
         return found.said_of_damped()
@@ -319,7 +320,7 @@ class _Steps:
         it for the attention to sinks that they are rid of.
         """
         heads = KVHeads(self.edited, self.run.unmoved(), rows, self.dtype)
-        before = self.result.steps[0].judgement if self.is_calm else self.result.before
+        before = self.result.before
         moved, config = heads.moved(), self.edited.config
         groups = config.num_attention_heads // config.num_key_value_heads
 

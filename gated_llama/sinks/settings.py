@@ -10,6 +10,8 @@ from gated_llama.sinks.judge import LATER
 
 LONGEST = 4_096  # tokens of a row, where none is given: longer ones were not tried
 SLIDING_ROWS = 4  # windows that a row is long, of what slides
+HEALED = 65_536  # tokens on which gates are distilled
+DAMPING = 32.0
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,13 @@ class DesinkSettings:
     Attributes:
         calm_only: leave the sink where it is; only massive states become calm.
         max_loss: the share by which the loss on held-out text may rise.
-        calm_tokens: on which all layers are distilled from the base, with a penalty on massive states; 0 leaves these
-            as they are, since on two cores calming cost long texts more than it may (docs/sinks.md).
-        damping: the neurons that make sinks massive write so many times less, for whoever quantizes; 1 leaves them,
-            since it costs some loss (docs/sinks.md).
+        calm_tokens: on which all layers are distilled from the base in the end, with a penalty on massive states, for
+            whoever quantizes; 0 leaves all but the gates as they are.
+        damping: the neurons that make sinks massive write so many times less; 1 leaves them. If None, 1, or
+            `DAMPING` where layers learn, which make good what it costs.
         move_tokens: on which keys, values and gates are fitted in closed form.
-        heal_tokens: on which the gates are distilled from the base afterwards; or 0.
+        heal_tokens: on which the gates are distilled from the base afterwards; or 0. If None, `HEALED`, or 0 where all
+            layers learn.
         sliding_window: let every layer see so many tokens only, for streams in constant memory; None leaves the layers
             as they are. Then all is fitted and measured so, against the base that sees its first tokens as well (see
             [`gated_llama.sinks.stream`]).
@@ -40,9 +43,9 @@ class DesinkSettings:
     calm_only: bool = False
     max_loss: float = 0.01
     calm_tokens: int = 0
-    damping: float = 1.0
+    damping: float | None = None
     move_tokens: int = 32_768
-    heal_tokens: int = 65_536
+    heal_tokens: int | None = None
     sliding_window: int | None = None
     length: int | None = None
     batch_size: int = 1
@@ -55,9 +58,13 @@ class DesinkSettings:
         return max(2, self.judged_tokens // self.length)
 
     def suited_to(self, longest: int) -> "DesinkSettings":
-        """With the length of a row that suits a model made for texts of so many tokens, if none was given."""
+        """With values in place of None: the length of a row that suits a model made for texts of so many tokens."""
         most = SLIDING_ROWS * self.sliding_window if self.sliding_window else LONGEST
-        return self if self.length else replace(self, length=min(most, longest // 2))
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        usual = {"length": min(most, longest // 2), "damping": 1.0, "heal_tokens": HEALED}
+        if self.calm_tokens:
+            usual |= {"damping": 1.0 if self.calm_only else DAMPING, "heal_tokens": 0}
+        return replace(self, **usual | given)
 
     def check(self) -> None:
         """
@@ -66,7 +73,10 @@ class DesinkSettings:
         Raises:
             UserError: a setting has a value that it cannot have.
         """
-        if self.length is None:  # of a model that is not known yet
+        for name, none in {"damping": 1, "heal_tokens": 0}.items():
+            if self.calm_only and getattr(self, name) not in (None, none):
+                raise UserError(f"{name} has no say with calm_only, which leaves the sink: leave it out.")
+        if None in (self.length, self.damping, self.heal_tokens):  # of a model that is not known yet
             return self.suited_to(4 * LATER).check()
         for name in ("move_tokens", "length", "batch_size", "judged_tokens"):
             if getattr(self, name) <= 0:
@@ -80,11 +90,6 @@ class DesinkSettings:
         check_seed(self.seed)
         if not self.damping >= 1:
             raise UserError(f"damping must be 1 or more, not {self.damping}.")
-        usual = type(self)()
-        if self.calm_only and (
-            unused := [name for name in ("damping", "heal_tokens") if getattr(self, name) != getattr(usual, name)]
-        ):
-            raise UserError(f"{unused[0]} has no say with calm_only, which leaves the sink: leave it out.")
         if self.calm_only and not self.calm_tokens:
             raise UserError("calm_only with calm_tokens 0 leaves nothing to do: give calm_tokens.")
         if self.sliding_window is not None and self.calm_only:
