@@ -26,7 +26,7 @@ from gated_llama.inspection.quantization import quantized
 from gated_llama.scripts.cli import main
 from gated_llama.sinks import recipe
 from gated_llama.sinks.budget import undo_fewest, weights_of_attention
-from gated_llama.sinks.distil import DistilSettings, choose_trained, distil
+from gated_llama.sinks.distil import DistilSettings, choose_trained, distil, multiplies_bf16
 from gated_llama.sinks.judge import judge, losses
 from gated_llama.sinks.kv_heads import KVHeads
 from gated_llama.sinks.layers import Lengths, attend, rotary_of, sink_tokens, state_lengths
@@ -498,7 +498,9 @@ def with_massive_tokens() -> GatedLlamaForCausalLM:
     return model
 
 
-def test_distillation_learns_from_the_base_and_calms_what_is_massive():
+@pytest.mark.parametrize("bf16", [False, True])
+def test_distillation_learns_from_the_base_and_calms_what_is_massive(monkeypatch, bf16):
+    monkeypatch.setattr("gated_llama.sinks.distil.multiplies_bf16", lambda device: bf16)
     base, ids = with_massive_tokens(), token_ids(400, 20)
     ids[:, 0] = 1
     lengths = state_lengths(base, ids)
@@ -530,8 +532,9 @@ def test_distillation_trains_what_it_says_and_nothing_else(train):
     assert quick and (changed == quick) == (train == "gates") and not any("q_proj" in name for name in changed)
 
 
-def test_gates_learn_alike_whatever_the_size_of_the_states_that_they_read():
+def test_gates_learn_alike_whatever_the_size_of_the_states_that_they_read(monkeypatch):
     """A norm ten times as large before weights a tenth as large is the same model; and so it is after distilling."""
+    monkeypatch.setattr("gated_llama.sinks.distil.multiplies_bf16", lambda device: False)
     base, ids, found = gated_model(GatedLlamaForCausalLM), token_ids(24, 20), []
     base.lm_head.weight.data.mul_(1000)  # for gradients beside which Adam's epsilon is nothing
     for size in (1, 10):
@@ -694,13 +697,14 @@ def plain(tmp_path_factory):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The settings with which `desink` moves sinks."""
+    """The settings with which `desink` would move sinks; it moves any here, however small, and however its gate fits."""
     real, found = recipe.move_sinks, []
-    monkeypatch.setattr(
-        recipe,
-        "move_sinks",
-        lambda model, ids, settings, **kw: found.append(settings) or real(model, ids, settings, **kw),
-    )
+
+    def move(model, ids, settings, **keywords):
+        found.append(settings)
+        return real(model, ids, replace(settings, min_sink=0.0, max_error=1e9), **keywords)
+
+    monkeypatch.setattr(recipe, "move_sinks", move)
     return found
 
 
@@ -710,9 +714,9 @@ def test_the_command_writes_a_checkpoint_that_loads_and_says_what_it_did(plain, 
 
     arguments = [str(plain / "plain"), str(plain / "out"), "--text", str(plain / "text.jsonl"), *SMALL, "--json"]
     assert main(["desink", *arguments, "--max-loss", "900%", "--damping", "4"]) == 0
-    assert asked == [MoveSettings(max_loss=float("inf"), min_sink=0.2, damping=4.0)]
+    assert asked == [MoveSettings(max_loss=float("inf"), damping=4.0)]  # small sinks too
     result = json.loads(capsys.readouterr().out)
-    assert [step["name"] for step in result["steps"]] == ["calmed", "moved", "healed"]
+    assert [step["name"] for step in result["steps"]] == ["moved", "healed", "calmed"]
     model = AutoModelForCausalLM.from_pretrained(plain / "out", dtype="auto")
     assert model.dtype == torch.bfloat16 and model.config.attention_out_bias and model.config.gate_bias
     card = (plain / "out" / "README.md").read_text()
@@ -740,7 +744,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(plain, asked, capsys, mo
     arguments += ["--batch-size", "1"]
     whole, stopped = plain / "whole", plain / "stopped"
     assert main(["desink", str(plain / "plain"), str(whole), *arguments]) == 0
-    assert asked == [MoveSettings(max_loss=float("inf"), max_error=float("inf"), first=4)]  # small sinks too
+    assert asked == [MoveSettings(max_loss=float("inf"), max_error=float("inf"), first=4, damping=32.0)]
     weights = load_file(whole / "model.safetensors")
     config = json.loads((whole / "config.json").read_text())
     assert config["sliding_window"] == 64 and "layer_types" not in config
@@ -843,29 +847,27 @@ def test_what_is_out_of_memory_or_cannot_be_put_in_place_goes_on(plain, capsys, 
     assert main([*desink, "--resume"]) == 0 and not unfinished.exists()
 
 
-@pytest.mark.parametrize(("calm_tokens", "penalty"), [(0, 0.0), (512, DistilSettings.penalty)])
+@pytest.mark.parametrize(
+    ("given", "learned", "damping", "min_sink"),
+    [
+        ({}, [("gates", 0.0)], 1.0, 0.2),
+        ({"calm_tokens": 128}, [("layers", DistilSettings.penalty)], 32.0, 0.05),
+        ({"calm_tokens": 128, "heal_tokens": 128, "damping": 1.0}, [("gates", 0.0), ("layers", 0.02)], 1.0, 0.05),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
-def test_a_resumed_run_heals_with_the_penalty_that_it_began_with(plain, monkeypatch, calm_tokens, penalty):
-    asked = []
-
-    def stop(model, base, rows, lengths, settings, **keywords):
-        asked.append((settings.train, settings.penalty))
-        if [train for train, _ in asked] == (["layers"] if calm_tokens else []) + ["gates"]:
-            raise KeyboardInterrupt
-
-    real = recipe.move_sinks
-    monkeypatch.setattr(recipe, "distil", stop)
-    wrong = MoveSettings(min_sink=0.0, max_error=1e9)
-    monkeypatch.setattr(recipe, "move_sinks", lambda model, ids, settings, **kw: real(model, ids, wrong, **kw))
-    settings = DesinkSettings(
-        max_loss=9.0, calm_tokens=calm_tokens, move_tokens=512, heal_tokens=128, length=128, judged_tokens=256
+def test_layers_learn_with_a_penalty_behind_damped_neurons_and_gates_without(
+    plain, asked, monkeypatch, given, learned, damping, min_sink
+):
+    found = []
+    monkeypatch.setattr(
+        recipe, "distil", lambda *args, **keywords: found.append((args[-1].train, args[-1].penalty)) or []
     )
-    output = plain / f"penalty-{calm_tokens}"
-    run = partial(desink_checkpoint, plain / "plain", [plain / "text.jsonl"], output, settings, progress=False)
-    with pytest.raises(UserError, match="interrupted"):
-        run()
-    run(resume=True)
-    assert [value for train, value in asked if train == "gates"] == [penalty, penalty]
+    settings = DesinkSettings(max_loss=9.0, move_tokens=512, length=128, judged_tokens=256, **given)
+    output = plain / f"learned-{len(given)}"
+    desink_checkpoint(plain / "plain", [plain / "text.jsonl"], output, settings, progress=False)
+    assert found == learned
+    assert (asked[0].damping, asked[0].min_sink) == (damping, min_sink)
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
@@ -1092,3 +1094,22 @@ def test_rows_are_as_long_as_suits_the_model():
     assert lengths == {2_048: 1_024, 8_192: 4_096, 131_072: 4_096}
     assert DesinkSettings(length=256).suited_to(131_072).length == 256
     assert DesinkSettings(sliding_window=256).suited_to(131_072).length == 1_024
+
+
+@pytest.mark.parametrize(
+    ("has", "device", "multiplies"),
+    [
+        ({"avx512_bf16": True}, "cpu", True),
+        ({"amx_bf16": True}, "cpu", True),
+        ({"avx512_f": True}, "cpu", False),
+        (None, "cpu", False),
+        (None, "cuda", True),
+        ({"avx512_bf16": True}, "mps", False),
+    ],
+)
+def test_what_learns_multiplies_bf16_where_the_device_has_instructions_for_it(monkeypatch, has, device, multiplies):
+    if has is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert multiplies_bf16(torch.device(device)) == multiplies

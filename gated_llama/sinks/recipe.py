@@ -217,10 +217,8 @@ class _Steps:
         self.lengths = state_lengths(self.base, self.fitted, progress=self.progress)
         if not settings.calm_only:  # whatever it costs: what follows makes good what it can
             self.step("moved", self.fitted.numel(), self.move, may_be_undone=False)
-        if settings.heal_tokens and not settings.calm_only:  # gates alone cannot calm what is massive
-            self.learn("healed", "gates", settings.heal_tokens, 0.0)
-        if settings.calm_tokens:
-            self.learn("calmed", "layers", settings.calm_tokens, DistilSettings.penalty)
+            self.learn("healed", "gates", settings.heal_tokens)
+        self.learn("calmed", "layers", settings.calm_tokens)
         self.restore_if_too_dear()
         return self.finished()
 
@@ -279,13 +277,15 @@ class _Steps:
         PartialState().wait_for_everyone()  # what is kept takes the place of what another process may still restore
         self.run.keep(self.edited, self.result)
 
-    def learn(self, name: str, train: str, tokens: int, penalty: float) -> None:
+    def learn(self, name: str, train: str, tokens: int) -> None:
+        """All layers, with a penalty on massive states; or the gates alone, which cannot calm what is massive."""
+        frozen, penalty = (), DistilSettings.penalty
+        if train == "gates":
+            frozen, penalty = _layers_with_open_gates(self.edited), 0.0
+        if not tokens or len(frozen) == self.edited.config.num_hidden_layers:
+            return
         batches = self.windows.batches(tokens, name, self.settings.batch_size * PartialState().num_processes)
-        distilling = DistilSettings(
-            train,
-            penalty=penalty,
-            frozen=_layers_with_open_gates(self.edited) if train == "gates" else (),
-        )
+        distilling = DistilSettings(train, penalty=penalty, frozen=frozen)
 
         def work() -> None:
             distil(
