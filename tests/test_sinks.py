@@ -697,7 +697,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The settings with which `desink` would move sinks; it moves any here, however small, and however its gate fits."""
+    """The settings with which `desink` would move sinks; it moves any here, however small and however its gate fits."""
     real, found = recipe.move_sinks, []
 
     def move(model, ids, settings, **keywords):
