@@ -40,7 +40,7 @@ class DistilSettings:
     """
 
     train: str = "gates"
-    lr: float = 0.0175  # 1e-4 for SmolLM2-135M, 9.5e-6 for Qwen2.5-0.5B; at twice as much both lose more (LOG.md)
+    lr: float = 0.0175  # 1e-4 for SmolLM2-135M, 9.5e-6 for Qwen2.5-0.5B; at twice as much SmolLM2 goes astray (LOG.md)
     gate_lr: float = 0.175
     bias_lr: float = 1.6e-4
     penalty: float = 0.02
@@ -163,7 +163,7 @@ def distil(
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for it: where it has none, bf16 is slower than fp32."""
     if device.type == "cpu":
-        has = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch before 2.10
+        has = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
         return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
     return device.type == "cuda"
 
