@@ -58,7 +58,7 @@ class Distil:
     teacher: bool = True  # the base's predictions are learned, not those of the text
 
 
-CALM = Distil(196_608, DistilSettings("layers"))
+CALM = Distil(196_608, DistilSettings("layers", lr=0.035))
 GATES = Distil(98_304, DistilSettings("gates"))
 NOT_CALM = replace(GATES, settings=replace(GATES.settings, penalty=0.0))
 NO_GATES = ("attn_gate", "_proj.bias")

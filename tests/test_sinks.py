@@ -871,6 +871,23 @@ def test_layers_learn_with_a_penalty_behind_damped_neurons_and_gates_without(
 
 
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
+def test_a_step_that_was_left_out_is_not_made_up_for_once_others_were_done(plain, monkeypatch):
+    """No head here fits, so no gate has anything to make good; calmed, all gates would."""
+    settings = DesinkSettings(
+        max_loss=9.0, calm_tokens=128, heal_tokens=128, move_tokens=512, length=128, judged_tokens=256
+    )
+    run = partial(desink_checkpoint, plain / "plain", [plain / "text.jsonl"], plain / "left-out", settings)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="interrupted"):
+        patch.setattr(recipe.Windows, "quantization_costs", stop)
+        run(progress=False)
+    assert [step.name for step in run(resume=True, progress=False).steps] == ["moved", "calmed"]
+
+
+@pytest.mark.filterwarnings("ignore:.* are few for regressions")
 def test_a_budget_that_is_not_kept_leaves_nothing(plain, capsys, monkeypatch):
     def ruin(model, *args, **kwargs):
         with torch.no_grad():

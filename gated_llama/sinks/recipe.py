@@ -54,6 +54,7 @@ from gated_llama.sinks.windows import Windows
 from gated_llama.training.trainer import has_accelerator
 
 
+ORDER = ("moved", "healed", "calmed", "KV heads restored")  # of the steps, whichever are taken
 INSPECTED = 8  # windows that the page is made of
 COMPARED = 1024  # tokens of a row on which it is measured what KV heads cost
 LEAST_SINK = 0.2  # of a head's attention: to move smaller sinks costs more than it is worth (docs/sinks.md)
@@ -224,10 +225,10 @@ class _Steps:
 
     def restore_if_too_dear(self) -> None:
         """But for what slides, which needs all sinks gone, and what is calm, whose keys read no massive states."""
-        settings, steps = self.settings, self.result.steps
-        is_calm = any(done.name == "calmed" and not done.undone for done in steps)
-        may_be_restored = not settings.sliding_window and not settings.calm_only and not is_calm
-        if may_be_restored and too_dear(self.result.before, self.result.after, settings.max_loss):
+        is_calm = any(done.name == "calmed" and not done.undone for done in self.result.steps)
+        if is_calm or self.settings.sliding_window:
+            return
+        if too_dear(self.result.before, self.result.after, self.settings.max_loss):
             rows = self.windows.cut(4 * COMPARED, "restored", COMPARED)[1:3]  # one plain, in one passages come back
             self.step("KV heads restored", rows.numel(), lambda: self.restore_heads(rows), may_be_undone=False)
 
@@ -256,11 +257,11 @@ class _Steps:
 
     def step(self, name: str, tokens: int, work: Callable[[], str | None], *, may_be_undone: bool) -> None:
         """
-        Do it, unless a run that is resumed did; measure, say so, and undo what costs more than it may and makes nothing
-        good. What `work` returns is noted.
+        Do it, unless a run that is resumed did, or left it out; measure, say so, and undo what costs more than it may
+        and makes nothing good. What `work` returns is noted.
         """
         before, steps = self.result.before, self.result.steps
-        if any(done.name == name for done in steps):
+        if steps and ORDER.index(name) <= ORDER.index(steps[-1].name):
             return
         last, since = steps[-1].judgement if steps else before, time.monotonic()
         note = work()
@@ -279,13 +280,12 @@ class _Steps:
 
     def learn(self, name: str, train: str, tokens: int) -> None:
         """All layers, with a penalty on massive states; or the gates alone, which cannot calm what is massive."""
-        frozen, penalty = (), DistilSettings.penalty
+        distilling = DistilSettings(train)
         if train == "gates":
-            frozen, penalty = _layers_with_open_gates(self.edited), 0.0
-        if not tokens or len(frozen) == self.edited.config.num_hidden_layers:
+            distilling = replace(distilling, penalty=0.0, frozen=_layers_with_open_gates(self.edited))
+        if not tokens or len(distilling.frozen) == self.edited.config.num_hidden_layers:
             return
         batches = self.windows.batches(tokens, name, self.settings.batch_size * PartialState().num_processes)
-        distilling = DistilSettings(train, penalty=penalty, frozen=frozen)
 
         def work() -> None:
             distil(
@@ -320,14 +320,13 @@ class _Steps:
         it for the attention to sinks that they are rid of.
         """
         heads = KVHeads(self.edited, self.run.unmoved(), rows, self.dtype)
-        before = self.result.before
         moved, config = heads.moved(), self.edited.config
         groups = config.num_attention_heads // config.num_key_value_heads
 
         def attention(judged: Judgement, layer: int, head: int) -> float:
             return sum(judged.heads[layer][head * groups : (head + 1) * groups])
 
-        rid = {head: attention(before, *head) - attention(self.result.after, *head) for head in moved}
+        rid = {head: attention(self.result.before, *head) - attention(self.result.after, *head) for head in moved}
         saved = heads.divergence_saved(self.base, moved, progress=self.progress)
         order = sorted(moved, key=lambda head: -saved[head] / max(rid[head], LEAST_ATTENTION))
         order = from_main([head for head in order if saved[head] >= 0])

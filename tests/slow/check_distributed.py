@@ -146,19 +146,26 @@ def test_two_processes_desink_as_one_does(tmp_path):
     published(tmp_path / "plain", model, tokenizer=True)
     texts = ({"text": f"the grumpy cat sat on {number} mats, which were red. " * 4} for number in range(160))
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-    in_fp32 = tmp_path / "in_fp32.py"  # in bf16 a sum of two rows is not that of one and the other
-    in_fp32.write_text(
+    # In fp32, since in bf16 a sum of two rows is not that of one and the other; and any sink is moved, however it fits.
+    desink = tmp_path / "desink.py"
+    desink.write_text(
         "import sys, torch\n"
-        "torch.cpu.get_capabilities = dict\n"
+        "from dataclasses import replace\n"
         "from gated_llama.scripts.cli import main\n"
+        "from gated_llama.sinks import recipe\n"
+        "torch.cpu.get_capabilities = dict\n"
+        "real = recipe.move_sinks\n"
+        "recipe.move_sinks = lambda model, ids, settings, **keywords: real(\n"
+        "    model, ids, replace(settings, min_sink=0.0, max_error=1e9), **keywords\n"
+        ")\n"
         "sys.exit(main(['desink', *sys.argv[1:]]))\n"
     )
     made = {}
     for processes, launcher in ((1, []), (2, LAUNCHERS["torchrun"])):
         output = tmp_path / f"by-{processes}"
-        command = [sys.executable, *launcher, in_fp32, tmp_path / "plain", output]
+        command = [sys.executable, *launcher, desink, tmp_path / "plain", output]
         command += ["--text", tmp_path / "text.jsonl", "--calm-tokens", "2048", "--move-tokens", "2048"]
-        command += ["--length", "128", "--batch-size", str(4 // processes)]
+        command += ["--heal-tokens", "1024", "--length", "128", "--batch-size", str(4 // processes)]
         command += ["--max-loss", "900%", "--json"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
@@ -170,6 +177,6 @@ def test_two_processes_desink_as_one_does(tmp_path):
         assert not list(tmp_path.glob("*unfinished"))
     (one, losses_of_one), (two, losses_of_two) = made[1], made[2]
     print(f"\ndesink: {losses_of_one} in one process, {losses_of_two} in two")
-    assert len(losses_of_one) == 3 and losses_of_one[2] != losses_of_one[1]  # no head fits: moved, none; calmed
+    assert len(set(losses_of_one)) == 4  # before, moved, healed, calmed
     assert losses_of_two == pytest.approx(losses_of_one, abs=1e-6)  # the order of a sum
     assert one.keys() == two.keys()
