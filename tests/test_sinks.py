@@ -26,7 +26,7 @@ from gated_llama.inspection.quantization import quantized
 from gated_llama.scripts.cli import main
 from gated_llama.sinks import recipe
 from gated_llama.sinks.budget import undo_fewest, weights_of_attention
-from gated_llama.sinks.distil import DistilSettings, choose_trained, distil, multiplies_bf16
+from gated_llama.sinks.distil import DistilSettings, choose_trained, distil, loss_of, multiplies_bf16
 from gated_llama.sinks.judge import judge, losses
 from gated_llama.sinks.kv_heads import KVHeads
 from gated_llama.sinks.layers import Lengths, attend, rotary_of, sink_tokens, state_lengths
@@ -519,6 +519,25 @@ def test_distillation_learns_from_the_base_and_calms_what_is_massive(monkeypatch
     assert massive[0.1] < 0.8 * massive[0.0]
 
 
+@pytest.mark.parametrize("of_text", [False, True])
+def test_a_loss_in_parts_is_that_of_all_logits(monkeypatch, of_text):
+    """And so are its gradients. Negative control: a part that is left out shows."""
+    (base, model), ids = (gated_model(GatedLlamaForCausalLM, seed=seed) for seed in (0, 1)), token_ids(3, 7)
+    logits = model(ids).logits
+    if of_text:
+        wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    else:
+        teacher, student = base(ids).logits.log_softmax(-1), logits.log_softmax(-1)
+        wanted = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    gate = model.model.layers[0].self_attn.attn_gate.proj.weight
+    (slope,) = torch.autograd.grad(wanted, gate)
+    monkeypatch.setattr("gated_llama.sinks.distil.AT_ONCE", 4)  # 21 or 18 tokens: the last part is shorter
+    found = loss_of(model, None if of_text else base, ids)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, gate), (slope,))
+    assert (loss_of(model, None if of_text else base, ids[:2]) - wanted).abs() > 1e-3
+
+
 @pytest.mark.parametrize("train", ["gates", "layers"])
 def test_distillation_trains_what_it_says_and_nothing_else(train):
     base, ids = with_massive_tokens(), token_ids(8, 20)
@@ -850,19 +869,27 @@ def test_what_is_out_of_memory_or_cannot_be_put_in_place_goes_on(plain, capsys, 
 @pytest.mark.parametrize(
     ("given", "learned", "damping", "min_sink"),
     [
-        ({}, [("gates", 0.0)], 1.0, 0.2),
-        ({"calm_tokens": 128}, [("layers", DistilSettings.penalty)], 32.0, 0.05),
-        ({"calm_tokens": 128, "heal_tokens": 128, "damping": 1.0}, [("gates", 0.0), ("layers", 0.02)], 1.0, 0.05),
+        ({}, [("gates", 0.0, 128)], 1.0, 0.2),
+        ({"calm_tokens": 128}, [("layers", DistilSettings.penalty, 256)], 32.0, 0.05),
+        (
+            {"calm_tokens": 128, "heal_tokens": 128, "damping": 1.0},
+            [("gates", 0.0, 128), ("layers", DistilSettings.penalty, 256)],  # which the model is made for
+            1.0,
+            0.05,
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.* are few for regressions")
-def test_layers_learn_with_a_penalty_behind_damped_neurons_and_gates_without(
+def test_layers_learn_on_longer_rows_with_a_penalty_behind_damped_neurons_and_gates_without(
     plain, asked, monkeypatch, given, learned, damping, min_sink
 ):
     found = []
-    monkeypatch.setattr(
-        recipe, "distil", lambda *args, **keywords: found.append((args[-1].train, args[-1].penalty)) or []
-    )
+
+    def distil(model, base, batches, lengths, settings, **keywords):
+        found.append((settings.train, settings.penalty, max(ids.shape[1] for ids in batches)))
+        return []
+
+    monkeypatch.setattr(recipe, "distil", distil)
     settings = DesinkSettings(max_loss=9.0, move_tokens=512, length=128, judged_tokens=256, **given)
     output = plain / f"learned-{len(given)}"
     desink_checkpoint(plain / "plain", [plain / "text.jsonl"], output, settings, progress=False)
@@ -1054,18 +1081,25 @@ def test_half_of_what_is_fitted_on_has_passages_that_come_back(plain):
     assert [torch.equal(row[64:], row[:64]) for row in rows[1::2]] == [False, True, False, True]  # one passage
 
 
-@pytest.mark.parametrize(("length", "lengths"), [(2_048, {2_048: 8, 512: 16, 128: 64}), (128, {128: 128, 64: 256})])
-def test_steps_of_training_have_rows_of_several_lengths(plain, length, lengths):
+@pytest.mark.parametrize(
+    ("length", "longest", "lengths"),
+    [
+        (2_048, 2_048, {2_048: 8, 512: 16, 128: 64}),
+        (512, 2_048, {2_048: 8, 512: 16, 64: 128}),
+        (128, 128, {128: 128, 64: 256}),
+    ],
+)
+def test_steps_of_training_have_rows_of_several_lengths(plain, length, longest, lengths):
     """Half of the tokens in the longest, spread evenly; and a row for each process however few tokens are asked for."""
     windows = windows_of(plain, DesinkSettings(length=128), 512)
     windows.length = length
-    batches = windows.batches(16 * 2 * 2_048, "some", 2)
+    batches = windows.batches(16 * 2 * 2_048, "some", 2, longest)
     assert all(len(ids) == 2 for ids in batches)
     found = [ids.shape[1] for ids in batches]
     assert {length: found.count(length) for length in found} == lengths
     third = len(found) // 3
-    assert max(found[:third]) == max(found[third : 2 * third]) == max(found[2 * third :]) == length
-    assert sorted(ids.shape[1] for ids in windows.batches(1, "few", 3)) == sorted(lengths)
+    assert max(found[:third]) == max(found[third : 2 * third]) == max(found[2 * third :]) == longest
+    assert sorted(ids.shape[1] for ids in windows.batches(1, "few", 3, longest)) == sorted(lengths)
     assert len({tuple(ids[0].tolist()) for ids in batches}) > len(batches) // 2
 
 

@@ -14,12 +14,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from gated_llama.gates import is_gate
 from gated_llama.inspection.attention import decoder_layers
+from gated_llama.inspection.losses import last_states
 from gated_llama.sinks.layers import Lengths, lengths_seen
+
+
+AT_ONCE = 512  # tokens whose logits are held
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,35 @@ def long_states(model: PreTrainedModel, lengths: Lengths, times: float) -> Itera
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    """Mean KL(teacher ‖ student) in nats a token, of logits (B, T, V)."""
-    teacher, student = (logits.flatten(0, 1).float().log_softmax(-1) for logits in (teacher, student))
+    """Mean KL(teacher ‖ student) in nats a token, of logits (…, V)."""
+    teacher, student = (logits.flatten(0, -2).float().log_softmax(-1) for logits in (teacher, student))
     return nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """In nats a token, of logits (B, T, V) and ids (B, T)."""
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+def loss_of(model: PreTrainedModel, base: PreTrainedModel | None, ids: torch.Tensor) -> torch.Tensor:
+    """
+    Of token ids (B, T), in nats a token: the divergence from what `base` predicts, or from the text itself if None.
+    Logits are of some tokens at a time, and made anew on the way back: those of a long row are larger than the model.
+    """
+    states, head = last_states(model, ids), model.get_output_embeddings()  # (B, T, E)
+    if base is None:
+        states, wanted = states[:, :-1], ids[:, 1:]
+
+        def loss(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(head(states).float(), tokens)
+
+    else:
+        with torch.no_grad():
+            wanted = last_states(base, ids)
+
+        def loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                teacher = base.get_output_embeddings()(wanted)
+            return divergence(teacher, head(states))
+
+    parts = [each.flatten(0, 1).split(AT_ONCE) for each in (states, wanted)]
+    sums = [len(own) * checkpoint(loss, own, other, use_reentrant=False) for own, other in zip(*parts, strict=True)]
+    return torch.stack(sums).sum() / sum(map(len, parts[0]))
 
 
 def distil(
@@ -139,11 +165,7 @@ def distil(
                 group["lr"] = lr * _rate(len(found), len(batches))
             ids = batch[rank::processes].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)):
-                if base is not None:
-                    with torch.no_grad():
-                        wanted = base(ids, use_cache=False).logits
-                got = model(ids, use_cache=False).logits
-            loss = next_token_loss(got, ids) if base is None else divergence(wanted, got)
+                loss = loss_of(model, base, ids)
             penalty = penalty_of()
             optimizer.zero_grad()
             (loss + settings.penalty * penalty).backward()

@@ -285,7 +285,9 @@ class _Steps:
             distilling = replace(distilling, penalty=0.0, frozen=_layers_with_open_gates(self.edited))
         if not tokens or len(distilling.frozen) == self.edited.config.num_hidden_layers:
             return
-        batches = self.windows.batches(tokens, name, self.settings.batch_size * PartialState().num_processes)
+        windows, rows = self.windows, self.settings.batch_size * PartialState().num_processes
+        longest = windows.length if train == "gates" else windows.longest  # layers forget what they do not look back to
+        batches = windows.batches(tokens, name, rows, longest)
 
         def work() -> None:
             distil(

@@ -24,7 +24,8 @@ HELD_OUT = 0.05  # of the documents; they are what is measured on
 LEAST_WINDOWS = 16  # of different text that the shortest text must fill
 FAR_WINDOWS = 2  # of text longer than the rows
 SHORT, SHORT_WINDOWS = 256, 32  # tokens of a short text, and how many of these are measured on
-SHARES = {1: 0.5, 4: 0.25, 16: 0.25}  # of the tokens trained on, in rows so many times shorter than those fitted on
+SHARES = (0.5, 0.25, 0.25)  # of the tokens trained on, in the longest rows, in a quarter of these, in the shortest
+SHORTER = 16  # times, than those fitted on, are the shortest
 
 
 class Windows:
@@ -50,6 +51,7 @@ class Windows:
             tokens = [tokens[0][:cut], tokens[0][cut:]]
         held_out = max(1, round(HELD_OUT * len(tokens)))
         self.length, self.seed, self.progress = settings.length, settings.seed, progress
+        self.longest = min(4 * self.length, config.max_position_embeddings)
         self.train, self.held_out = (
             torch.tensor([token for document in part for token in document])
             for part in (tokens[:-held_out], tokens[-held_out:])
@@ -62,7 +64,7 @@ class Windows:
         begins = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>"))
         self.beginnings = list(dict.fromkeys(token for token in begins if token is not None))
         check_tokens(max(self.train.max(), self.held_out.max(), *self.beginnings), config.vocab_size)
-        far = min(4 * self.length, config.max_position_embeddings, len(self.held_out) - 1)
+        far = min(self.longest, len(self.held_out) - 1)
         self.far = cut_windows(self.held_out, FAR_WINDOWS, far, f"{self.seed} far")
         twice = cut_windows(self.held_out, settings.judged_windows, 2 * self.length, f"{self.seed} recalled")
         self.recalled = with_returns(twice, f"{self.seed} recalled")
@@ -78,14 +80,14 @@ class Windows:
         length = min(length or self.length, self.length)
         return self._cut(self.train, max(1, tokens // length), what, length, returns=True)
 
-    def batches(self, tokens: int, what: str, rows: int) -> list[torch.Tensor]:
+    def batches(self, tokens: int, what: str, rows: int, longest: int) -> list[torch.Tensor]:
         """
         So many `rows` (B, T) for each step of training, others for each `what`, of several lengths: long rows keep what
         stands far back, and short ones make many steps of a text, and keep short texts. Each has one step at least.
         """
         shares, placed = Counter(), []
-        for times, share in SHARES.items():
-            shares[max(LATER, self.length // times)] += share
+        for length, share in zip((longest, longest // 4, self.length // SHORTER), SHARES, strict=True):
+            shares[max(LATER, length)] += share
         for length, share in shares.items():
             steps = max(1, int(share * tokens) // (length * rows))
             cut = self._cut(self.train, steps * rows, f"{what} {length}", length, returns=True)
