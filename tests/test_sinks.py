@@ -551,6 +551,21 @@ def test_distillation_trains_what_it_says_and_nothing_else(train):
     assert quick and (changed == quick) == (train == "gates") and not any("q_proj" in name for name in changed)
 
 
+def test_long_rows_that_are_made_anew_on_the_way_back_teach_the_same(monkeypatch):
+    base, ids, found = with_massive_tokens(), token_ids(8, 20), []
+    ids[:, 0] = 1
+    lengths = state_lengths(base, ids)
+    for kept in (80, 79):  # of four rows of 20
+        monkeypatch.setattr("gated_llama.sinks.distil.KEPT", kept)
+        model, calls = copy.deepcopy(base), []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *given, calls=calls: calls.append(1))
+        losses = distil(model, base, ids.split(4), lengths, DistilSettings("layers", lr=0.3, penalty=0.1))
+        assert len(calls) == (2 if kept == 80 else 4) and not model.model.layers[0].gradient_checkpointing
+        found.append((losses, model.model.layers[0].mlp.up_proj.weight))
+    assert found[0][0] == found[1][0] and all(penalty > 0 for _, penalty in found[0][0])
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=0)
+
+
 def test_gates_learn_alike_whatever_the_size_of_the_states_that_they_read(monkeypatch):
     """A norm ten times as large before weights a tenth as large is the same model; and so it is after distilling."""
     monkeypatch.setattr("gated_llama.sinks.distil.multiplies_bf16", lambda device: False)

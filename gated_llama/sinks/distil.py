@@ -6,7 +6,7 @@ states: what an edit cost is made good, and what is massive becomes calm.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from gated_llama.sinks.layers import Lengths, lengths_seen
 
 
 AT_ONCE = 512  # tokens whose logits are held
+KEPT = 2_048  # tokens of a step of which all that layers make is held; of more it is made anew on the way back
 
 
 @dataclass(frozen=True)
@@ -72,24 +73,29 @@ def choose_trained(model: PreTrainedModel, lengths: Lengths, settings: DistilSet
 
 
 @contextmanager
-def long_states(model: PreTrainedModel, lengths: Lengths, times: float) -> Iterator[Callable[[], torch.Tensor]]:
+def long_states(
+    model: PreTrainedModel, lengths: Lengths, times: float
+) -> Iterator[Callable[[], AbstractContextManager[list[torch.Tensor]]]]:
     """
-    In the block, of the last forward: Σ ReLU(ln(|x| / τ))² over tokens and layers, a mean over rows, of the states
-    after layers and of what `down_proj` reads; τ is so many times their median in the base, which has `lengths`.
+    In the block, forwards are `seen()`: a list of Σ ReLU(ln(|x| / τ))² over tokens, a mean over rows, of each layer's
+    states and of what its `down_proj` reads; τ is so many times their median in the base, which has `lengths`.
     """
     limits = {what: values.tolist() for what, values in zip(("states", "inner"), lengths.limits(times), strict=True)}
-    terms: list[torch.Tensor] = []
+    seeing: list[list[torch.Tensor]] = []
 
     def see(what: str, layer: int, lengths: torch.Tensor) -> None:
-        terms.append((lengths / limits[what][layer]).clamp_min(1).log().square().sum(1).mean())
+        term = (lengths / limits[what][layer]).clamp_min(1).log().square().sum(1).mean()
+        for terms in seeing:  # none of a layer that is made anew on the way back
+            terms.append(term)
 
-    def penalty() -> torch.Tensor:
-        value = torch.stack(terms).sum()
-        terms.clear()
-        return value
+    @contextmanager
+    def seen() -> Iterator[list[torch.Tensor]]:
+        seeing.append([])
+        yield seeing[-1]
+        seeing.clear()
 
     with lengths_seen(model, see):
-        yield penalty
+        yield seen
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
@@ -101,7 +107,7 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 def loss_of(model: PreTrainedModel, base: PreTrainedModel | None, ids: torch.Tensor) -> torch.Tensor:
     """
     Of token ids (B, T), in nats a token: the divergence from what `base` predicts, or from the text itself if None.
-    Logits are of some tokens at a time, and made anew on the way back: those of a long row are larger than the model.
+    Logits are of some tokens at a time, and made anew on the way back: those of a long row may outgrow the model.
     """
     states, head = last_states(model, ids), model.get_output_embeddings()  # (B, T, E)
     if base is None:
@@ -158,17 +164,25 @@ def distil(
     done, total = (sum(ids.numel() for ids in part) for part in (batches[: len(found)], batches))
     desc = f"distilling ({settings.train})"
     bar = tqdm(desc=desc, initial=done, total=total, unit=" tokens", disable=not progress)
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # Transformers < 5.22
+
+    def set_checkpointing(how: str, *options: dict) -> None:
+        getattr(model, f"{name}_checkpointing_{how}")(*options)
+
     model.train()
-    with bar, long_states(model, lengths, settings.times) as penalty_of:
+    with bar, long_states(model, lengths, settings.times) as seen:
         for batch in batches[len(found) :]:
             for group, lr in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = lr * _rate(len(found), len(batches))
             ids = batch[rank::processes].to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)):
+            if ids.numel() > KEPT:
+                set_checkpointing("enable", {"use_reentrant": False})
+            with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)), seen() as terms:
                 loss = loss_of(model, base, ids)
-            penalty = penalty_of()
+            penalty = torch.stack(terms).sum()
             optimizer.zero_grad()
             (loss + settings.penalty * penalty).backward()
+            set_checkpointing("disable")
             _mean_gradients(trained, processes)
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
