@@ -6,7 +6,7 @@ states: what an edit cost is made good, and what is massive becomes calm.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,33 +160,20 @@ def distil(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rank, processes = process_of()
     found = _restore(state, model, optimizer) if state and state.exists() else []
-    device = model.device
     done, total = (sum(ids.numel() for ids in part) for part in (batches[: len(found)], batches))
     desc = f"distilling ({settings.train})"
     bar = tqdm(desc=desc, initial=done, total=total, unit=" tokens", disable=not progress)
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # Transformers < 5.22
-
-    def set_checkpointing(how: str, *options: dict) -> None:
-        getattr(model, f"{name}_checkpointing_{how}")(*options)
-
     model.train()
     with bar, long_states(model, lengths, settings.times) as seen:
         for batch in batches[len(found) :]:
             for group, lr in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = lr * _rate(len(found), len(batches))
-            ids = batch[rank::processes].to(device)
-            if ids.numel() > KEPT:
-                set_checkpointing("enable", {"use_reentrant": False})
-            with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)), seen() as terms:
-                loss = loss_of(model, base, ids)
-            penalty = torch.stack(terms).sum()
+            ids = batch[rank::processes].to(model.device)
             optimizer.zero_grad()
-            (loss + settings.penalty * penalty).backward()
-            set_checkpointing("disable")
+            found.append(_backward(model, base, ids, seen, settings.penalty))
             _mean_gradients(trained, processes)
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
-            found.append((loss.item(), penalty.item()))
             bar.update(batch.numel())
             bar.set_postfix(loss=f"{found[-1][0]:.3f}", penalty=f"{found[-1][1]:.2f}")
             if state and rank == 0 and len(found) % max(1, len(batches) // 4) == 0:
@@ -194,6 +181,30 @@ def distil(
     optimizer.zero_grad()  # gradients of the last step would stay as long as the model
     model.eval()
     return found
+
+
+def _backward(
+    model: PreTrainedModel, base: PreTrainedModel | None, ids: torch.Tensor, seen: Callable, weight: float
+) -> tuple[float, float]:
+    """Add to the gradients those of a loss and `weight` times the penalty, and return both."""
+    device = model.device
+    with made_anew(model) if ids.numel() > KEPT else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)), seen() as terms:
+            loss = loss_of(model, base, ids)
+        penalty = torch.stack(terms).sum()
+        (loss + weight * penalty).backward()
+    return loss.item(), penalty.item()
+
+
+@contextmanager
+def made_anew(model: PreTrainedModel) -> Iterator[None]:
+    """Context manager: of what layers make, no more is held than what they read; the rest is made anew backwards."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # Transformers < 5.22
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def multiplies_bf16(device: torch.device) -> bool:
