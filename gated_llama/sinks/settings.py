@@ -36,7 +36,7 @@ class DesinkSettings:
             is made for; rows of a step, in each process. What is fitted to short rows forgets to look back further, so
             the budget holds for texts four times as long too (as far as the model is made for them), for passages that
             come back in texts twice as long, and for short texts, which pay for long rows. Rows that are trained on are
-            of several lengths, this one the longest.
+            of several lengths, this one the longest for gates; for layers, four times as long.
         judged_tokens: of held-out text in rows, that are measured on; in two rows at least.
     """
 
