@@ -26,7 +26,15 @@ from gated_llama.inspection.quantization import quantized
 from gated_llama.scripts.cli import main
 from gated_llama.sinks import recipe
 from gated_llama.sinks.budget import undo_fewest, weights_of_attention
-from gated_llama.sinks.distil import DistilSettings, choose_trained, distil, loss_of, multiplies_bf16
+from gated_llama.sinks.distil import (
+    DistilSettings,
+    choose_trained,
+    distance,
+    distil,
+    loss_of,
+    multiplies_bf16,
+    states_of,
+)
 from gated_llama.sinks.judge import judge, losses
 from gated_llama.sinks.kv_heads import KVHeads
 from gated_llama.sinks.layers import Lengths, attend, rotary_of, sink_tokens, state_lengths
@@ -525,17 +533,45 @@ def test_a_loss_in_parts_is_that_of_all_logits(monkeypatch, of_text):
     (base, model), ids = (gated_model(GatedLlamaForCausalLM, seed=seed) for seed in (0, 1)), token_ids(3, 7)
     logits = model(ids).logits
     if of_text:
-        wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     else:
         teacher, student = base(ids).logits.log_softmax(-1), logits.log_softmax(-1)
-        wanted = (teacher.exp() * (teacher - student)).sum(-1).mean()
+        expected = (teacher.exp() * (teacher - student)).sum(-1).mean()
     gate = model.model.layers[0].self_attn.attn_gate.proj.weight
-    (slope,) = torch.autograd.grad(wanted, gate)
+    (slope,) = torch.autograd.grad(expected, gate)
     monkeypatch.setattr("gated_llama.sinks.distil.AT_ONCE", 4)  # 21 or 18 tokens: the last part is shorter
-    found = loss_of(model, None if of_text else base, ids)
-    torch.testing.assert_close(found, wanted)
+
+    def loss(ids):
+        wanted = ids if of_text else states_of(base, ids)[-1]
+        return loss_of(model, states_of(model, ids)[-1], None if of_text else base, wanted)
+
+    found = loss(ids)
+    torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, gate), (slope,))
-    assert (loss_of(model, None if of_text else base, ids[:2]) - wanted).abs() > 1e-3
+    assert (loss(ids[:2]) - expected).abs() > 1e-3
+
+
+def test_the_distance_of_states_leaves_out_what_is_long():
+    wanted = [
+        torch.tensor([[[3.0, 4.0], [6.0, 8.0], [0.0, 1.0]]]),
+        torch.tensor([[[0.0, 2.0], [0.0, 2.0], [0.0, 2.0]]]),
+    ]
+    states = [x + torch.tensor([1.0, 0.0]) for x in wanted]
+    found = distance(states, wanted, [5.0, 2.0])  # the second token of the first layer is 10 long
+    torch.testing.assert_close(found, torch.tensor(((1 / 25 + 1) / 2 + 1 / 4) / 2))
+
+
+def test_distilling_brings_states_back_to_the_base():
+    """Further than the divergence alone does, from which nothing is asked of states."""
+    base, ids, off = with_massive_tokens(), token_ids(400, 20), {}
+    lengths, longest = state_lengths(base, ids), [float("inf")] * (base.config.num_hidden_layers - 1)
+    for weight in (0.0, 10.0):
+        model = copy.deepcopy(base)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.o_proj.weight.normal_(0, 0.3)
+        distil(model, base, ids.split(4), lengths, DistilSettings("layers", lr=0.3, penalty=0.0, states=weight))
+        off[weight] = distance(states_of(model, ids)[:-1], states_of(base, ids)[:-1], longest).item()
+    assert off[10.0] < 0.5 * off[0.0]
 
 
 @pytest.mark.parametrize("train", ["gates", "layers"])

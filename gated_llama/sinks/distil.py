@@ -1,7 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Train a model to say what its base says (the KL divergence of their next-token distributions), with a penalty on massive
-states: what an edit cost is made good, and what is massive becomes calm.
+Train a model to say what its base says (the KL divergence of their next-token distributions), and if asked to have its
+states, with a penalty on massive ones: what an edit cost is made good, and what is massive becomes calm.
 """
 
 import math
@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from gated_llama.gates import is_gate
 from gated_llama.inspection.attention import decoder_layers
-from gated_llama.inspection.losses import last_states
 from gated_llama.sinks.layers import Lengths, lengths_seen
 
 
@@ -40,6 +39,7 @@ class DistilSettings:
             tenfold in these weights. Rates fall to a tenth, along a cosine, after a tenth of the steps in which they
             rise.
         bias_lr: of the biases of v and o, bias_lr · the RMS of the base's residual states (a median).
+        states: weight of how far states are from the base's (see [`distance`]).
         penalty, times: weight of the penalty on long states, and from how many medians on they are long (see
             [`long_states`]).
         frozen: parts of names of weights that stay as they are.
@@ -49,7 +49,8 @@ class DistilSettings:
     lr: float = 0.0175  # 1e-4 for SmolLM2-135M, 9.5e-6 for Qwen2.5-0.5B; at twice as much SmolLM2 goes astray (LOG.md)
     gate_lr: float = 0.175
     bias_lr: float = 1.6e-4
-    penalty: float = 0.02
+    states: float = 40.0
+    penalty: float = 0.04
     times: float = 2.5
     frozen: tuple[str, ...] = ()
 
@@ -104,21 +105,37 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     return nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def loss_of(model: PreTrainedModel, base: PreTrainedModel | None, ids: torch.Tensor) -> torch.Tensor:
+def states_of(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """After every layer, (B, T, E); the last is normalised."""
+    return model.get_decoder()(ids, use_cache=False, output_hidden_states=True).hidden_states[1:]
+
+
+def distance(states: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], longest: Sequence[float]) -> torch.Tensor:
+    """Mean of |x − x₀|² / |x₀|² over layers and tokens, of states (B, T, E) whose x₀ is no longer than `longest`."""
+    found = []
+    for x, x0, most in zip(states, wanted, longest, strict=True):
+        length = x0.norm(dim=2)
+        counted = length <= most
+        found.append(((x - x0).square().sum(2) / length.square() * counted).sum() / counted.sum().clamp_min(1))
+    return torch.stack(found).mean()
+
+
+def loss_of(
+    model: PreTrainedModel, states: torch.Tensor, base: PreTrainedModel | None, wanted: torch.Tensor
+) -> torch.Tensor:
     """
-    Of token ids (B, T), in nats a token: the divergence from what `base` predicts, or from the text itself if None.
-    Logits are of some tokens at a time, and made anew on the way back: those of a long row may outgrow the model.
+    In nats a token, of last states (B, T, E): the divergence from what `base` makes of those that are `wanted`; if
+    None, the loss of token ids (B, T). Logits are of some tokens at a time, and made anew on the way back: those of a
+    long row may outgrow the model.
     """
-    states, head = last_states(model, ids), model.get_output_embeddings()  # (B, T, E)
+    head = model.get_output_embeddings()
     if base is None:
-        states, wanted = states[:, :-1], ids[:, 1:]
+        states, wanted = states[:, :-1], wanted[:, 1:]
 
         def loss(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             return nn.functional.cross_entropy(head(states).float(), tokens)
 
     else:
-        with torch.no_grad():
-            wanted = last_states(base, ids)
 
         def loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
@@ -160,6 +177,7 @@ def distil(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rank, processes = process_of()
     found = _restore(state, model, optimizer) if state and state.exists() else []
+    longest = lengths.limits(settings.times)[0].tolist()[:-1]  # the last states are normalised
     done, total = (sum(ids.numel() for ids in part) for part in (batches[: len(found)], batches))
     desc = f"distilling ({settings.train})"
     bar = tqdm(desc=desc, initial=done, total=total, unit=" tokens", disable=not progress)
@@ -170,7 +188,7 @@ def distil(
                 group["lr"] = lr * _rate(len(found), len(batches))
             ids = batch[rank::processes].to(model.device)
             optimizer.zero_grad()
-            found.append(_backward(model, base, ids, seen, settings.penalty))
+            found.append(_backward(model, base, ids, seen, settings, longest))
             _mean_gradients(trained, processes)
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -184,15 +202,26 @@ def distil(
 
 
 def _backward(
-    model: PreTrainedModel, base: PreTrainedModel | None, ids: torch.Tensor, seen: Callable, weight: float
+    model: PreTrainedModel,
+    base: PreTrainedModel | None,
+    ids: torch.Tensor,
+    seen: Callable,
+    settings: DistilSettings,
+    longest: list[float],
 ) -> tuple[float, float]:
-    """Add to the gradients those of a loss and `weight` times the penalty, and return both."""
-    device = model.device
+    """Add to the gradients those of the loss, the distance of states, and the penalty; return loss and penalty."""
+    device, off = model.device, 0.0
     with made_anew(model) if ids.numel() > KEPT else nullcontext():
-        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)), seen() as terms:
-            loss = loss_of(model, base, ids)
+        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)):
+            with seen() as terms:
+                states = states_of(model, ids)
+            with torch.no_grad():
+                wanted = states_of(base, ids) if base else [ids]
+            loss = loss_of(model, states[-1], base, wanted[-1])
+            if base and settings.states:
+                off = distance(states[:-1], wanted[:-1], longest)
         penalty = torch.stack(terms).sum()
-        (loss + weight * penalty).backward()
+        (loss + settings.states * off + settings.penalty * penalty).backward()
     return loss.item(), penalty.item()
 
 

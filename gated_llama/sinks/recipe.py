@@ -282,7 +282,7 @@ class _Steps:
         """All layers, with a penalty on massive states; or the gates alone, which cannot calm what is massive."""
         distilling = DistilSettings(train)
         if train == "gates":
-            distilling = replace(distilling, penalty=0.0, frozen=_layers_with_open_gates(self.edited))
+            distilling = replace(distilling, states=0.0, penalty=0.0, frozen=_layers_with_open_gates(self.edited))
         if not tokens or len(distilling.frozen) == self.edited.config.num_hidden_layers:
             return
         windows, rows = self.windows, self.settings.batch_size * PartialState().num_processes
