@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,15 +59,16 @@ class Distil:
     teacher: bool = True  # the base's predictions are learned, not those of the text
 
 
-CALM = Distil(196_608, DistilSettings("layers", lr=0.035))
-GATES = Distil(98_304, DistilSettings("gates"))
+AS_RECORDED = partial(DistilSettings, states=0.0, penalty=0.02)  # defaults have changed since
+CALM = Distil(196_608, AS_RECORDED("layers", lr=0.035))
+GATES = Distil(98_304, AS_RECORDED("gates"))
 NOT_CALM = replace(GATES, settings=replace(GATES.settings, penalty=0.0))
 NO_GATES = ("attn_gate", "_proj.bias")
 
 
 def healed_on_text(*frozen: str, tokens: int = 4_587_520, **settings) -> Distil:
     """All weights trained on the text itself. Queries and keys are kept, or the sink comes back."""
-    return Distil(tokens, DistilSettings("layers", lr=0.0105, frozen=frozen, **settings), 2, teacher=False)
+    return Distil(tokens, AS_RECORDED("layers", lr=0.0105, frozen=frozen, **settings), 2, teacher=False)
 
 
 def all_distilled(**settings) -> Distil:
@@ -85,7 +87,7 @@ RECIPES = {
     "calmed, without gates": [replace(CALM, settings=replace(CALM.settings, frozen=NO_GATES))],
     "calmed, moved, gates distilled": [CALM, Move(), GATES],
     "calmed harder, moved, gates distilled": [
-        Distil(262_144, DistilSettings("layers", lr=0.0525, times=2.0)),
+        Distil(262_144, AS_RECORDED("layers", lr=0.0525, times=2.0)),
         Move(),
         replace(GATES, settings=replace(GATES.settings, gate_lr=0.35, bias_lr=3.2e-4, times=2.0)),
     ],

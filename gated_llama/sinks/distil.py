@@ -49,7 +49,7 @@ class DistilSettings:
     lr: float = 0.0175  # 1e-4 for SmolLM2-135M, 9.5e-6 for Qwen2.5-0.5B; at twice as much SmolLM2 goes astray (LOG.md)
     gate_lr: float = 0.175
     bias_lr: float = 1.6e-4
-    states: float = 40.0
+    states: float = 40.0  # the more, the less long texts pay, and the less calm becomes what is massive (LOG.md)
     penalty: float = 0.04
     times: float = 2.5
     frozen: tuple[str, ...] = ()
