@@ -518,7 +518,7 @@ def test_distillation_learns_from_the_base_and_calms_what_is_massive(monkeypatch
         model = copy.deepcopy(base)
         with torch.no_grad():
             model.model.layers[0].self_attn.attn_gate.proj.weight.normal_(0, 0.3)
-        settings = DistilSettings("layers", lr=0.3, gate_lr=0.6, penalty=penalty)
+        settings = DistilSettings("layers", lr=0.3, gate_lr=0.6, states=0.0, penalty=penalty)
         found = distil(model, base, ids.split(4), lengths, settings)
         assert all(parameter.grad is None for parameter in model.parameters())
         massive[penalty] = state_lengths(model, ids).states[:, :, 0].mean().item()
