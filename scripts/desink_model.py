@@ -7,8 +7,8 @@ rows like those that were fitted on, past their length in longer texts, and on p
 all of them nothing is written.
 
 With --calm-tokens, for whoever quantizes, the neurons that make a sink massive write 32 times less, and in place of the
-gates alone all layers are distilled, with a penalty on massive states. Then no KV head is restored, unless that
-training was undone.
+gates alone all layers are distilled, from the base's states too, with a penalty on massive ones. Then no KV head is
+restored, unless that training was undone.
 
 With --sliding-window every layer sees the last tokens only, for streams in constant memory; all of it is compared with
 the base that keeps its first four tokens as well, as StreamingLLM reads a stream, and no KV head is restored either.

@@ -542,8 +542,8 @@ def test_a_loss_in_parts_is_that_of_all_logits(monkeypatch, of_text):
     monkeypatch.setattr("gated_llama.sinks.distil.AT_ONCE", 4)  # 21 or 18 tokens: the last part is shorter
 
     def loss(ids):
-        wanted = ids if of_text else states_of(base, ids)[-1]
-        return loss_of(model, states_of(model, ids)[-1], None if of_text else base, wanted)
+        wanted = ids if of_text else states_of(base, ids, every=False)[-1]
+        return loss_of(model, states_of(model, ids, every=False)[-1], None if of_text else base, wanted)
 
     found = loss(ids)
     torch.testing.assert_close(found, expected)
@@ -570,7 +570,8 @@ def test_distilling_brings_states_back_to_the_base():
         with torch.no_grad():
             model.model.layers[0].self_attn.o_proj.weight.normal_(0, 0.3)
         distil(model, base, ids.split(4), lengths, DistilSettings("layers", lr=0.3, penalty=0.0, states=weight))
-        off[weight] = distance(states_of(model, ids)[:-1], states_of(base, ids)[:-1], longest).item()
+        states, wanted = (states_of(each, ids, every=True)[:-1] for each in (model, base))
+        off[weight] = distance(states, wanted, longest).item()
     assert off[10.0] < 0.5 * off[0.0]
 
 
@@ -599,7 +600,7 @@ def test_long_rows_that_are_made_anew_on_the_way_back_teach_the_same(monkeypatch
         assert len(calls) == (2 if kept == 80 else 4) and not model.model.layers[0].gradient_checkpointing
         found.append((losses, model.model.layers[0].mlp.up_proj.weight))
     assert found[0][0] == found[1][0] and all(penalty > 0 for _, penalty in found[0][0])
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=0)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=0)  # to the bit: the same operations
 
 
 def test_gates_learn_alike_whatever_the_size_of_the_states_that_they_read(monkeypatch):

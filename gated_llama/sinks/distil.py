@@ -6,7 +6,7 @@ states, with a penalty on massive ones: what an edit cost is made good, and what
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from gated_llama.gates import is_gate
 from gated_llama.inspection.attention import decoder_layers
+from gated_llama.inspection.losses import last_states
 from gated_llama.sinks.layers import Lengths, lengths_seen
+from gated_llama.training.trainer import checkpoint_activations
 
 
 AT_ONCE = 512  # tokens whose logits are held
@@ -74,26 +76,26 @@ def choose_trained(model: PreTrainedModel, lengths: Lengths, settings: DistilSet
 
 
 @contextmanager
-def long_states(
-    model: PreTrainedModel, lengths: Lengths, times: float
-) -> Iterator[Callable[[], AbstractContextManager[list[torch.Tensor]]]]:
+def long_states(model: PreTrainedModel, limits: tuple[torch.Tensor, torch.Tensor]) -> Iterator[Callable]:
     """
-    In the block, forwards are `seen()`: a list of Σ ReLU(ln(|x| / τ))² over tokens, a mean over rows, of each layer's
-    states and of what its `down_proj` reads; τ is so many times their median in the base, which has `lengths`.
+    In the block, `seen(forward)` is what `forward` returns, and of what it passed Σ ReLU(ln(|x| / τ))² over tokens and
+    layers, a mean over rows: of the states after layers and of what `down_proj` reads, whose τ are the `limits`, (L)
+    and (L).
     """
-    limits = {what: values.tolist() for what, values in zip(("states", "inner"), lengths.limits(times), strict=True)}
-    seeing: list[list[torch.Tensor]] = []
+    limits = dict(zip(("states", "inner"), (values.tolist() for values in limits), strict=True))
+    terms: list[torch.Tensor] | None = None  # but in a forward: a layer made anew on the way back counts once
 
     def see(what: str, layer: int, lengths: torch.Tensor) -> None:
         term = (lengths / limits[what][layer]).clamp_min(1).log().square().sum(1).mean()
-        for terms in seeing:  # none of a layer that is made anew on the way back
+        if terms is not None:
             terms.append(term)
 
-    @contextmanager
-    def seen() -> Iterator[list[torch.Tensor]]:
-        seeing.append([])
-        yield seeing[-1]
-        seeing.clear()
+    def seen(forward: Callable[[], tuple]) -> tuple[tuple, torch.Tensor]:
+        nonlocal terms
+        terms = []
+        states, penalty = forward(), torch.stack(terms).sum()
+        terms = None
+        return states, penalty
 
     with lengths_seen(model, see):
         yield seen
@@ -105,8 +107,10 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     return nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def states_of(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """After every layer, (B, T, E); the last is normalised."""
+def states_of(model: PreTrainedModel, ids: torch.Tensor, *, every: bool) -> tuple[torch.Tensor, ...]:
+    """After `every` layer, (B, T, E), or after the last alone, which are normalised."""
+    if not every:
+        return (last_states(model, ids),)
     return model.get_decoder()(ids, use_cache=False, output_hidden_states=True).hidden_states[1:]
 
 
@@ -128,23 +132,21 @@ def loss_of(
     None, the loss of token ids (B, T). Logits are of some tokens at a time, and made anew on the way back: those of a
     long row may outgrow the model.
     """
-    head = model.get_output_embeddings()
     if base is None:
         states, wanted = states[:, :-1], wanted[:, 1:]
 
-        def loss(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-            return nn.functional.cross_entropy(head(states).float(), tokens)
+    def loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        logits = model.get_output_embeddings()(states)
+        if base is None:
+            return nn.functional.cross_entropy(logits.float(), wanted)
+        with torch.no_grad():
+            teacher = base.get_output_embeddings()(wanted)
+        return divergence(teacher, logits)
 
-    else:
-
-        def loss(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                teacher = base.get_output_embeddings()(wanted)
-            return divergence(teacher, head(states))
-
-    parts = [each.flatten(0, 1).split(AT_ONCE) for each in (states, wanted)]
-    sums = [len(own) * checkpoint(loss, own, other, use_reentrant=False) for own, other in zip(*parts, strict=True)]
-    return torch.stack(sums).sum() / sum(map(len, parts[0]))
+    states, wanted = states.flatten(0, 1), wanted.flatten(0, 1)
+    parts = zip(states.split(AT_ONCE), wanted.split(AT_ONCE), strict=True)
+    sums = [len(own) * checkpoint(loss, own, other, use_reentrant=False) for own, other in parts]
+    return torch.stack(sums).sum() / len(states)
 
 
 def distil(
@@ -162,7 +164,7 @@ def distil(
     and all make the same step.
 
     Args:
-        base: whose predictions are learned; those of the text itself if None.
+        base: whose predictions, and states, are learned; if None, the text itself.
         batches: token ids (B, T), of other lengths from step to step if need be; B at least the number of processes,
             and a multiple of it for rows to count the same.
         lengths: of the base's states, as [`gated_llama.sinks.layers.state_lengths`] gives them.
@@ -177,12 +179,13 @@ def distil(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rank, processes = process_of()
     found = _restore(state, model, optimizer) if state and state.exists() else []
-    longest = lengths.limits(settings.times)[0].tolist()[:-1]  # the last states are normalised
+    limits = lengths.limits(settings.times)
+    longest = limits[0].tolist()[:-1]  # the last states are normalised
     done, total = (sum(ids.numel() for ids in part) for part in (batches[: len(found)], batches))
     desc = f"distilling ({settings.train})"
     bar = tqdm(desc=desc, initial=done, total=total, unit=" tokens", disable=not progress)
     model.train()
-    with bar, long_states(model, lengths, settings.times) as seen:
+    with bar, long_states(model, limits) as seen:
         for batch in batches[len(found) :]:
             for group, lr in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = lr * _rate(len(found), len(batches))
@@ -210,17 +213,14 @@ def _backward(
     longest: list[float],
 ) -> tuple[float, float]:
     """Add to the gradients those of the loss, the distance of states, and the penalty; return loss and penalty."""
-    device, off = model.device, 0.0
+    device, every = model.device, base is not None and settings.states > 0
     with made_anew(model) if ids.numel() > KEPT else nullcontext():
         with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device)):
-            with seen() as terms:
-                states = states_of(model, ids)
+            states, penalty = seen(lambda: states_of(model, ids, every=every))
             with torch.no_grad():
-                wanted = states_of(base, ids) if base else [ids]
+                wanted = (ids,) if base is None else states_of(base, ids, every=every)
             loss = loss_of(model, states[-1], base, wanted[-1])
-            if base and settings.states:
-                off = distance(states[:-1], wanted[:-1], longest)
-        penalty = torch.stack(terms).sum()
+            off = distance(states[:-1], wanted[:-1], longest) if every else 0.0
         (loss + settings.states * off + settings.penalty * penalty).backward()
     return loss.item(), penalty.item()
 
@@ -228,12 +228,11 @@ def _backward(
 @contextmanager
 def made_anew(model: PreTrainedModel) -> Iterator[None]:
     """Context manager: of what layers make, no more is held than what they read; the rest is made anew backwards."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # Transformers < 5.22
-    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    checkpoint_activations(model)
     try:
         yield
     finally:
-        getattr(model, f"{name}_checkpointing_disable")()
+        checkpoint_activations(model, "disable")
 
 
 def multiplies_bf16(device: torch.device) -> bool:

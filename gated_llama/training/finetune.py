@@ -58,7 +58,7 @@ from gated_llama.errors import UserError, first_line
 from gated_llama.gates import gate_parameters, is_gate
 from gated_llama.loading import ADAPTER_CONFIG, load, load_tokenizer, refuse_adapter
 from gated_llama.runs import begin_record, check_seed, resume_record
-from gated_llama.training.trainer import GatedTrainer, has_accelerator, training_arguments
+from gated_llama.training.trainer import GatedTrainer, checkpoint_activations, has_accelerator, training_arguments
 from gated_llama.training.ways import WAYS, Written
 
 
@@ -408,8 +408,7 @@ def _load_network(found: Source, config: GatedLlamaConfig, settings: FinetuneSet
         asked["distributed_config"] = DistributedConfig(fsdp_size=settings.fsdp_size, tp_size=settings.tp_size)
     network, _ = load(found.folder, **asked)
     if settings.gradient_checkpointing:
-        newer_name = getattr(network, "activation_checkpointing_enable", None)
-        (newer_name or network.gradient_checkpointing_enable)()
+        checkpoint_activations(network)
     if hasattr(network, "generation_config"):  # which has no part in training, and is the source's again in the end
         network.generation_config = GenerationConfig()
     network = way.prepare(network, found, settings)

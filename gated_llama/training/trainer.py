@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import state_dict as distributed_state
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -186,6 +186,12 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 def has_accelerator() -> bool:
     return torch.accelerator.is_available()
+
+
+def checkpoint_activations(model: PreTrainedModel, how: str = "enable") -> None:
+    """Or `"disable"` that: layers hold no more than what they read, and make the rest anew on the way back."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # Transformers < 5.22
+    getattr(model, f"{name}_checkpointing_{how}")()
 
 
 def training_arguments(output: str | os.PathLike, **settings) -> TrainingArguments:
