@@ -41,7 +41,7 @@ SHOWN = {  # records, and how the table calls them
     "SmolLM2-135M, `desink`": "`desink`, small sinks moved too",
     "SmolLM2-135M, `desink` on rows of 2,048": "`desink --length 2048`",
     "SmolLM2-135M without its sink": "calmed first, `--length 256`, 360k tokens",
-    "SmolLM2-135M, moved, damped and calmed on rows of 1,024, in parts": "`--calm-tokens 98304`, in parts",
+    "SmolLM2-135M, `desink --calm-tokens 98304`": "`--calm-tokens 98304`",
     "Qwen2.5-Coder-0.5B": "Qwen2.5-Coder-0.5B",
     "Qwen2.5-Coder-0.5B, `desink --sliding-window 256`": "`desink --sliding-window 256`",
     "Qwen2.5-Coder-0.5B, `desink` on rows of 1,024, small sinks left": "`desink --length 1024`",

@@ -63,8 +63,8 @@ class Rows(torch.utils.data.Dataset):
 def read_documents(sources: Iterable[str | Path]) -> list[Document]:
     """
     The documents of local files and Hub datasets. A `.jsonl` file has one a line, `{"text": …}` or `{"messages": …}`;
-    any other file is one; what is no file is the id of a Hub dataset with such columns, `:SPLIT` after it if it is not
-    `train` (this takes the `datasets` package).
+    any other file but a `.json` is one; what is no file is the id of a Hub dataset with such columns, `:SPLIT` after it
+    if it is not `train` (this takes the `datasets` package).
 
     Raises:
         UserError: a file or dataset cannot be read, or a line has neither text nor messages.
@@ -74,6 +74,10 @@ def read_documents(sources: Iterable[str | Path]) -> list[Document]:
         path = Path(source)
         if path.suffix == ".jsonl":
             documents += _read_lines(path)
+        elif path.suffix == ".json" and path.exists():
+            raise UserError(
+                f"{path} is one JSON value, syntax and all: give a .jsonl file, which has a document a line."
+            )
         elif path.exists() or (path.suffix and not is_hub_id(str(source).partition(":")[0])):
             documents.append(Document(_read_text(path), str(path)))
         else:
@@ -122,6 +126,10 @@ def _read_lines(path: Path) -> Iterator[Document]:
 def _document(record, where: str) -> Document:
     record = record if isinstance(record, dict) else {}
     text, messages = record.get("text"), record.get("messages")
+    try:
+        json.dumps([text, messages], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:  # which no tokenizer takes
+        raise UserError(f"{where}: holds half of a character (a lone surrogate), as cut text does: mend it.") from None
     if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
         return Document(messages, where)
     if isinstance(text, str) and text and messages is None:

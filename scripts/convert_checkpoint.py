@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gate-type", choices=("headwise", "elementwise"), help="one gate a head (default) or one a channel"
     )
-    parser.add_argument("--gate-scale", type=float, help="largest value of a gate (default: 2)")
+    parser.add_argument(
+        "--gate-scale",
+        type=float,
+        help="largest value of a gate (default: 2; another needs --gate-bias or --gate-init)",
+    )
     parser.add_argument("--gate-bias", action="store_true", default=None, help="give the gates' projection a bias")
     parser.add_argument(
         "--gate-init",

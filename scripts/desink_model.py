@@ -23,18 +23,32 @@ from gated_llama.scripts.cli import add_writing_arguments
 
 
 def share(value: str) -> float:
-    return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+    found = float(value[:-1]) / 100 if value.endswith("%") else float(value)
+    if found >= 1 and not value.endswith("%"):
+        raise argparse.ArgumentTypeError(f"{value} would be {found:.0%}: write {value}% or {found / 100:g}")
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a plain or gated checkpoint, a folder or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
-    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text, as finetune's --data")
-    parser.add_argument("--calm-only", action="store_true", help="leave the sink: only calm massive activations")
-    parser.add_argument("--max-loss", type=share, default=0.01, help="by how much the loss may rise (default: 1%%)")
+    parser.add_argument(
+        "--text", nargs="+", required=True, metavar="FILE", help="files or Hub datasets, as finetune's --data"
+    )
+    parser.add_argument(
+        "--calm-only", action="store_true", help="leave the sink, and only calm massive activations, on --calm-tokens"
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=share,
+        help="by how much the loss may rise (default: 1%%, or 5%% for what slides or is calmed)",
+    )
     parser.add_argument("--calm-tokens", type=int, default=0, help="to distil all layers on (default: 0)")
     parser.add_argument(
-        "--damping", type=float, metavar="TIMES", help="see above (default: 1, or 32 with --calm-tokens)"
+        "--damping",
+        type=float,
+        metavar="TIMES",
+        help="the neurons that make a sink massive write so many times less (default: 1, or 32 with --calm-tokens)",
     )
     parser.add_argument("--move-tokens", type=int, default=32_768, help="to move the sink on (default: 32768)")
     parser.add_argument(
@@ -42,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sliding-window", type=int, metavar="W", help="see the last W tokens only")
     parser.add_argument(
-        "--length", type=int, help="tokens of a row (default: 4096, or 4 W; half of what it is made for at the most)"
+        "--length",
+        type=int,
+        help="tokens of a row (default: 4096, 1024 with --calm-tokens, 4 W; at most half of the positions there are)",
     )
     parser.add_argument("--batch-size", type=int, default=1, help="rows of a training step (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of text (default: 0)")

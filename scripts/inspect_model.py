@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
                 windows,
                 batch_size=args.batch_size,
                 sentence=args.sentence,
-                query="which" if args.query is None and args.sentence == SENTENCE else args.query,
+                query=args.query,
                 progress=not args.quiet,
             )
             measured.append(replace(result, model=source))

@@ -39,6 +39,8 @@ def test_documents_of_files(tmp_path):
         '{"messages": [{"role": "user"}]}',
         '{"text": "x", "messages": []}',
         '{"text": "x"} {"text": "y"}',
+        r'{"text": "half of a smile: \ud83d"}',
+        r'{"messages": [{"role": "user", "content": "\ud83d"}]}',
     ],
 )
 def test_a_broken_line_is_refused_by_file_and_number(tmp_path, line):
@@ -54,6 +56,9 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("über".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt cannot be read as text"):
         read_documents([tmp_path / "latin.txt"])
+    (tmp_path / "texts.json").write_text('[{"text": "the cat"}]')
+    with pytest.raises(UserError, match=r"texts\.json is one JSON value.*\.jsonl"):
+        read_documents([tmp_path / "texts.json"])
     with pytest.raises(UserError, match=r"org/dataset is no file"):
         read_documents(["org/dataset"])
     with pytest.raises(UserError, match=r"org/Open-2\.5:train is no file, and no dataset|for a dataset of the Hub"):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -306,6 +307,25 @@ def test_a_result_that_cannot_be_written_leaves_nothing_that_loads(tmp_path, dat
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"finetune.json", "checkpoints"}
 
 
+@pytest.mark.parametrize("asked", [{}, {"steps": None, "epochs": 1.0}], ids=["steps", "epochs"])
+def test_a_run_that_lacks_its_result_alone_is_gone_on_with_without_a_step(tmp_path, data, monkeypatch, asked):
+    source = converted(tmp_path)
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    whole = finetune(source, data, tmp_path / "whole", train="gates", **asked)
+    with monkeypatch.context() as patch:
+        patch.setattr("gated_llama.gates.write_with_gates", stopped)
+        with pytest.raises(UserError, match=rf"written: interrupted. .*checkpoint-{whole.steps} is whole"):
+            finetune(source, data, tmp_path / "run", train="gates", **asked)
+    resumed = finetune(source, data, tmp_path / "run", train="gates", resume=True, **asked)
+    assert resumed.verdict == whole.verdict.replace("from step 0 to", "up to step")
+    assert replace(resumed, output=whole.output, verdict=whole.verdict) == whole
+    gates = [load_file(tmp_path / run / GATES_NAME) for run in ("whole", "run")]
+    assert all(map(torch.equal, gates[0].values(), gates[1].values()))
+
+
 def test_damaged_checkpoints_are_passed_over(tmp_path, data):
     source = converted(tmp_path)
     finetune(source, data, tmp_path / "run", train="gates")
@@ -393,6 +413,15 @@ def test_settings_that_cannot_be(tmp_path, data, settings, message):
     with pytest.raises(UserError, match=message):
         finetune(source, data, tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_longer_than_the_model_is_made_for_are_told_of(tmp_path, data):
+    source, said = converted(tmp_path), []
+    longest = json.loads((source / "config.json").read_text())["max_position_embeddings"]
+    for length in (longest, longest + 1):
+        settings = FinetuneSettings(**QUICK | {"steps": 1, "length": length})
+        finetune_checkpoint(source, [data], tmp_path / str(length), settings, progress=False, announce=said.append)
+    assert sum(f"longer than the {longest} that" in line for line in said) == 1
 
 
 def test_sharding_is_refused_where_transformers_has_none(monkeypatch):

@@ -3,6 +3,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from gated_llama import UserError, measure
-from gated_llama.inspection import collectors
+from gated_llama.inspection import SENTENCE, collectors
 from gated_llama.inspection.collectors import FIRST_QUERIES, token_kind
+from gated_llama.inspection.text import look_at_sentence
 from modeling_gated import GatedLlamaForCausalLM
 from tiny import VOCAB, gated_model, source_model, tiny_tokenizer, token_ids
 
@@ -319,3 +321,22 @@ def test_massive_tokens_are_found_wherever_they_stand():
     assert (written.seen, written.positions) == (4, (5, 5)) and written.ratios[1] > 8 > max(written.ratios[::2])
     assert (whole.written_by, whole.removed_by) == ("the attention of layer 0", None) and whole.seen == 2
     assert measured(source_model("llama"), token_ids(2, 70)).massive == []
+
+
+def test_a_tokenizer_without_the_word_that_is_looked_at_shows_the_last_one():
+    model = gated_model(GatedLlamaForCausalLM)
+    found = look_at_sentence(model, tiny_tokenizer(), SENTENCE, None)
+    assert "which".startswith(found.tokens[found.query].strip())
+
+    class Unknowing:
+        bos_token_id = None
+
+        def __call__(self, text, **keywords):
+            return SimpleNamespace(input_ids=[5, 6, 7])
+
+        def decode(self, ids):
+            return "?"
+
+    assert look_at_sentence(model, Unknowing(), SENTENCE, None).query == 2
+    with pytest.raises(UserError, match="has no token that begins 'which'"):
+        look_at_sentence(model, Unknowing(), SENTENCE, "which")

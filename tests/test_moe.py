@@ -187,6 +187,11 @@ def test_measured_but_for_what_experts_hide(converted):
     assert found.quantization == {} and found.attention.first_token > 0
 
 
+def test_the_card_says_how_it_is_loaded(converted):
+    card = (converted / "README.md").read_text()
+    assert "import modeling_gated_moe  # registers" in card and "runs the four Python files" in card
+
+
 def test_sinks_are_left_where_they_are(converted, tmp_path):
     with pytest.raises(UserError, match="mixture of experts"):
         desink_checkpoint(converted, ["text"], tmp_path / "out", DesinkSettings())

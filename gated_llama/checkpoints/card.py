@@ -85,8 +85,7 @@ def conversion_card(result, source: Source, source_folder: Path, architecture: s
         trained=UNTRAINED if result.source_layout == "plain" else "The gates are those of the source.",
         command=_command(result),
         verified=str(result.verification) if result.verification else "nothing (`--verify` does it)",
-        library="transformers",
-        auto_class=AUTO_CLASSES[architecture],
+        **_loading(architecture),
     )
 
 
@@ -104,6 +103,17 @@ def _of_whole_model(architecture: str, **fields) -> ModelCardData:
         pipeline_tag=PIPELINE_TAGS[architecture],
         tags=["gated-attention", "gated-llama", "custom_code"],
     )
+
+
+def _loading(architecture: str, *, is_adapter: bool = False) -> dict[str, str]:
+    """What `cards/_loading.md.jinja` asks for."""
+    has_experts = architecture.startswith("GatedMoe")
+    return {
+        "library": "peft" if is_adapter else "transformers",
+        "auto_class": "AutoPeftModelForCausalLM" if is_adapter else AUTO_CLASSES[architecture],
+        "module": "modeling_gated_moe" if has_experts else "modeling_gated",
+        "files": "four" if has_experts else "two",
+    }
 
 
 def _card(card_data: ModelCardData, body: str, **values) -> str:
@@ -185,8 +195,7 @@ def finetuning_card(result, way, source: Source, config: GatedLlamaConfig, asked
         result=result,
         settings=settings,
         losses=losses,
-        library="peft" if way.is_adapter else "transformers",
-        auto_class="AutoPeftModelForCausalLM" if way.is_adapter else "AutoModelForCausalLM",
+        **_loading(config.architectures[0], is_adapter=way.is_adapter),
     )
 
 
@@ -216,8 +225,7 @@ def saved_card(config: GatedLlamaConfig, folder: Path) -> str:
         name=folder.resolve().name,
         config=config,
         conversion=config.conversion,
-        library="transformers",
-        auto_class=AUTO_CLASSES[architecture],
+        **_loading(architecture),
     )
 
 
@@ -234,8 +242,7 @@ def merged_card(config: GatedLlamaConfig, base: Source, adapter: Path, output: P
         revision=base.revision,
         config=config,
         conversion=config.conversion,
-        library="transformers",
-        auto_class=AUTO_CLASSES[architecture],
+        **_loading(architecture),
     )
 
 
@@ -277,8 +284,7 @@ def desinking_card(result, source: Source, config: GatedLlamaConfig, asked: dict
             ("base", "", result.before),
             *((step.title, f"{step.tokens:,}", step.judgement) for step in result.steps),
         ],
-        library="transformers",
-        auto_class=AUTO_CLASSES[config.architectures[0]],
+        **_loading(config.architectures[0]),
     )
 
 

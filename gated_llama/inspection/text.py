@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gated_llama.errors import UserError
 from gated_llama.gates import gate_modules
+from gated_llama.inspection import SENTENCE
 from gated_llama.inspection.attention import capture_attention
 from gated_llama.inspection.losses import last_states
 from gated_llama.inspection.results import TextReport
@@ -70,15 +71,15 @@ def _rounded(values: torch.Tensor) -> list:
 def look_at_sentence(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentence: str, query: str | None
 ) -> TextReport:
+    """As [`look_at`], with `query` a word; None is the last token, of [`SENTENCE`] its "which" if it has one."""
     begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     ids = tokenizer(sentence, add_special_tokens=False).input_ids[:TEXT_TOKENS]
     ids = [tokenizer.bos_token_id, *ids] if begins else ids
     if len(ids) < 2:
         raise UserError(f"the sentence {sentence!r} has fewer than 2 tokens: take a longer one.")
-    place = None
-    if query is not None:
-        words = [tokenizer.decode([token]).strip() for token in ids]
-        place = next((n for n, word in enumerate(words) if word and query.startswith(word) and n), None)
-        if place is None:
-            raise UserError(f"the sentence {sentence!r} has no token that begins {query!r}.")
+    wanted = "which" if query is None and sentence == SENTENCE else query or ""
+    words = [tokenizer.decode([token]).strip() for token in ids]
+    place = next((n for n, word in enumerate(words) if word and wanted.startswith(word) and n), None)
+    if place is None and query is not None:
+        raise UserError(f"the sentence {sentence!r} has no token that begins {query!r}.")
     return look_at(model, tokenizer, torch.tensor([ids]), place)

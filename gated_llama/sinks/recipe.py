@@ -6,6 +6,7 @@ it may.
 """
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
@@ -131,7 +132,12 @@ def desink_checkpoint(
             steps = _Steps(base, edited, dtype, windows, settings, result, run, progress and main, announce)
             result = steps.take()
         if main:
-            _inspect(base, edited, tokenizer, windows, result, folder / INSPECTION.parent, progress)
+            page = folder / INSPECTION.parent
+            try:
+                _inspect(base, edited, tokenizer, windows, result, page, progress)
+            except Exception as error:  # what took hours does not hang on a page
+                shutil.rmtree(page, ignore_errors=True)
+                announce(f"there is no page of what changed, since it could not be made: {first_line(error)}")
             card = desinking_card(result, found, edited.config, asdict(settings), text)
             _write(edited.to(dtype), checkpoint, card, folder)
     return result
@@ -150,6 +156,8 @@ def _suited(found: Source, settings: DesinkSettings) -> DesinkSettings:
     origin = recognise(read_checkpoint(found.folder).config, found.name)
     if origin.gated_class.config_class is not GatedLlamaConfig:
         raise UserError(f"{found.name} is a mixture of experts, whose sinks are not moved: no such model was tried.")
+    if not origin.gated_class.__name__.endswith("ForCausalLM"):
+        raise UserError(f"{found.name} is no causal language model: only of these sinks are moved.")
     if getattr(origin.config, "gate_strength", 1) != 1:
         raise UserError(f"the gates of {found.name} act at a part of their strength: set its gate_strength to 1.")
     most = origin.config.max_position_embeddings
@@ -160,11 +168,14 @@ def _suited(found: Source, settings: DesinkSettings) -> DesinkSettings:
             f"{found.name} is made for texts of {most:,} tokens, and passages come back in texts twice as long as a "
             f"row: give a --length of at most {most // 2:,}."
         )
-    if SLIDING_ROWS * (settings.sliding_window or 0) > most:
+    window = settings.sliding_window or 0
+    if SLIDING_ROWS * window > most:
         raise UserError(
             f"{found.name} is made for texts of {most:,} tokens, and what slides is fitted to texts four times as long "
             f"as the window: give a --sliding-window of at most {most // SLIDING_ROWS:,}."
         )
+    if settings.length <= window:
+        raise UserError(f"rows of {settings.length:,} tokens never slide: give a --length above --sliding-window.")
     return settings
 
 
@@ -372,9 +383,7 @@ def _inspect(
     folder.mkdir()
     measured = []
     for model, name in ((base, result.source), (edited, result.output)):
-        found = measure(
-            model, tokenizer, windows.judged[:INSPECTED], sentence=SENTENCE, query="which", progress=progress
-        )
+        found = measure(model, tokenizer, windows.judged[:INSPECTED], sentence=SENTENCE, progress=progress)
         measured.append(replace(found, model=Path(name).name))
     written = write_measurements(measured, folder)
     if find_spec("matplotlib"):

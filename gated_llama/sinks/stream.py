@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from gated_llama.errors import UserError
 from gated_llama.inspection.attention import decoder_layers
 
 
@@ -25,7 +26,15 @@ def last_tokens(length: int, size: int, first: int = 0) -> torch.Tensor:
 
 
 def let_slide(model: PreTrainedModel, window: int) -> None:
-    """Every layer sees the last `window` tokens, as if the model had been loaded with this `sliding_window`."""
+    """
+    Every layer sees the last `window` tokens, as if the model had been loaded with this `sliding_window`.
+
+    Raises:
+        UserError: a layer sees fewer already.
+    """
+    for layer in decoder_layers(model):
+        if window > (own := layer.self_attn.sliding_window or window):
+            raise UserError(f"layers of the model see the last {own:,} tokens: give a sliding_window of at most that.")
     model.config.sliding_window = window
     if hasattr(model.config, "layer_types"):
         del model.config.layer_types

@@ -80,11 +80,13 @@ class Unfinished:
             yield
         except BaseException as error:
             stopped = isinstance(error, (KeyboardInterrupt, torch.OutOfMemoryError))
-            is_kept = main and (self.steps or self.training.exists() or (stopped and "done" in read_json(self.record)))
+            judged = main and (resume or stopped) and "done" in read_json(self.record)
+            is_kept = main and (self.steps > 0 or self.training.exists() or judged)
             if main and (isinstance(error, VerificationError) or not is_kept):
                 shutil.rmtree(self.folder, ignore_errors=True)
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "out of memory"
-            if stopped and is_kept:
+            what = str(error).removesuffix(".") if isinstance(error, UserError) else what
+            if is_kept and (stopped or isinstance(error, UserError)):
                 raise UserError(f"{what}: --resume goes on from what {self.folder} has kept.") from None
             if isinstance(error, torch.OutOfMemoryError):
                 raise UserError(f"{what}: give a smaller --length, or a --device with more.") from None

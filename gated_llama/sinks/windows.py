@@ -46,16 +46,14 @@ class Windows:
     ):
         """`config`: of the model, which is made for so many positions; none of the longer texts has more."""
         tokens = tokenize(tokenizer, shuffled(documents, settings.seed), progress=progress)
-        if len(tokens) == 1:  # one long text: its end is held out
-            cut = max(1, round((1 - HELD_OUT) * len(tokens[0])))
-            tokens = [tokens[0][:cut], tokens[0][cut:]]
-        held_out = max(1, round(HELD_OUT * len(tokens)))
+        joined = torch.tensor([token for document in tokens for token in document])
+        held_out = sum(map(len, tokens[-max(1, round(HELD_OUT * len(tokens))) :]))
+        least = max(round(HELD_OUT * len(joined)), 2 * settings.length + 1)
+        if not 2 * settings.length < held_out < 4 * least:  # documents are few, or unlike: one of them is cut
+            held_out = least
         self.length, self.seed, self.progress = settings.length, settings.seed, progress
         self.longest = min(4 * self.length, config.max_position_embeddings)
-        self.train, self.held_out = (
-            torch.tensor([token for document in part for token in document])
-            for part in (tokens[:-held_out], tokens[-held_out:])
-        )
+        self.train, self.held_out = joined[:-held_out], joined[-held_out:]
         if len(self.train) < LEAST_WINDOWS * self.length or len(self.held_out) <= 2 * self.length:
             raise UserError(
                 f"the text has {len(self.train) + len(self.held_out):,} tokens, too few to fit on and to measure on: "

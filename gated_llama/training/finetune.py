@@ -268,6 +268,8 @@ def finetune_checkpoint(
         network = _load_network(found, config, settings)
         parameters = count_parameters(network)
         announce(str(parameters))
+        if settings.length > (most := config.max_position_embeddings):
+            announce(f"rows of {settings.length:,} tokens are longer than the {most:,} that the model is made for")
         padding = _padding(tokenizer, config.vocab_size)
         if not settings.packing and padding is not tokenizer:
             announce(
@@ -476,6 +478,8 @@ def _run(trainer: GatedTrainer, last: Path | None) -> None:
         state = TrainerState.load_from_json(str(last / "trainer_state.json"))
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(trainer.args, name, getattr(state, name))
+        if state.global_step >= state.max_steps:  # only the result is missing, and the Trainer would take one step more
+            trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except UserError as error:
@@ -551,9 +555,9 @@ def _write_result(
                 target = output / path.relative_to(partial)
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
-    except (OSError, SafetensorError) as error:
-        kept = _kept(trainer)
-        raise UserError(f"{output}: the result could not be written: {first_line(error)}.{kept}") from error
+    except (KeyboardInterrupt, OSError, SafetensorError) as error:
+        kept, why = _kept(trainer), "interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+        raise UserError(f"{output}: the result could not be written: {why}.{kept}") from error
     finally:
         if main:
             shutil.rmtree(partial, ignore_errors=True)

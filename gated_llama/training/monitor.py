@@ -54,6 +54,8 @@ class GateMonitor(TrainerCallback):
         self._gates = gate_modules(model)
         self._trained = any(p.requires_grad for name, p in model.named_parameters() if is_gate(name))
         self.steps = (state.global_step, state.global_step)
+        drifts = [log["gate_drift"] for log in state.log_history if "gate_drift" in log]  # of a run that is resumed
+        self.drift = drifts[-1] if drifts else None
         self._tokens, self._seconds = state.num_input_tokens_seen, 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -128,16 +130,17 @@ class GateMonitor(TrainerCallback):
     def verdict(self) -> str:
         """One line that says what the gates did in this run."""
         first, last = self.steps
+        steps = f"from step {first} to {last}" if first < last else f"up to step {last}"
         if not self._trained:
             return "The gates were frozen."
         if self.drift is None:
             return "The gates were not looked at."
         if self.drift < UNMOVED:
             return (
-                f"The gates did not move: {self.drift:.1g} on average from step {first} to {last}. Train longer, or "
-                "with a higher learning rate for the gates."
+                f"The gates did not move: {self.drift:.1g} on average {steps}. Train longer, or with a higher learning "
+                "rate for the gates."
             )
-        return f"The gates moved by {self.drift:.3f} on average from step {first} to {last}."
+        return f"The gates moved by {self.drift:.3f} on average {steps}."
 
 
 def _norm(grads: list[torch.Tensor]) -> float:
