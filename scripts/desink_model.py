@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length",
         type=int,
-        help="tokens of a row (default: 4096, 1024 with --calm-tokens, 4 W; at most half of the positions there are)",
+        help="tokens of a row (default: 4096, 1024 with --calm-tokens, 4 W with --sliding-window W; at most half of "
+        "what the model is made for)",
     )
     parser.add_argument("--batch-size", type=int, default=1, help="rows of a training step (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of text (default: 0)")

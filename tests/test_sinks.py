@@ -669,7 +669,8 @@ def test_a_judgement_of_a_model_that_looks_at_its_first_token_alone():
     with sinking.model.layers[0].register_forward_hook(lambda m, i, output: states.append(layer_states(output))):
         sinking(ids)
     assert len(sinking.model.layers) == 1
-    assert found.m_act == pytest.approx(states[0].abs().amax((1, 2)).mean().item())
+    largest = states[0].abs().amax((1, 2)).mean().item()
+    assert found.m_act == pytest.approx(largest, rel=torch.finfo(torch.float32).eps)  # in which it is summed up
 
 
 @torch.no_grad()

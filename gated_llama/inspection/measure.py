@@ -45,8 +45,8 @@ def measure(
         windows: token ids (windows, T) without padding, each measured by itself.
         compared_windows: how many of them to run again with the gates open and inverted, if there are gates; if None,
             as many pieces of 256 tokens as make an eightieth of the text.
-        sentence, query: a short text to look at token by token, and the word in it whose attention is shown (its last
-            token if None).
+        sentence, query: a short text to look at token by token, and the word in it whose attention is shown (if None,
+            its last token; see [`look_at_sentence`]).
 
     Raises:
         UserError: the windows are too short, hold tokens that the model does not have, or do not fit into memory; or

@@ -132,12 +132,7 @@ def desink_checkpoint(
             steps = _Steps(base, edited, dtype, windows, settings, result, run, progress and main, announce)
             result = steps.take()
         if main:
-            page = folder / INSPECTION.parent
-            try:
-                _inspect(base, edited, tokenizer, windows, result, page, progress)
-            except Exception as error:  # what took hours does not hang on a page
-                shutil.rmtree(page, ignore_errors=True)
-                announce(f"there is no page of what changed, since it could not be made: {first_line(error)}")
+            _inspect(base, edited, tokenizer, windows, result, folder / INSPECTION.parent, progress, announce)
             card = desinking_card(result, found, edited.config, asdict(settings), text)
             _write(edited.to(dtype), checkpoint, card, folder)
     return result
@@ -378,15 +373,23 @@ def _inspect(
     result: DesinkResult,
     folder: Path,
     progress: bool,
+    announce: Callable[[str], None],
 ) -> None:
-    """Measure both as `gated-llama inspect --compare` does, and draw the page where matplotlib is installed."""
-    folder.mkdir()
+    """
+    Measure both as `gated-llama inspect --compare` does, and draw the page where matplotlib is installed. What took
+    hours does not hang on that: what goes wrong is announced, and leaves no page.
+    """
     measured = []
-    for model, name in ((base, result.source), (edited, result.output)):
-        found = measure(model, tokenizer, windows.judged[:INSPECTED], sentence=SENTENCE, progress=progress)
-        measured.append(replace(found, model=Path(name).name))
-    written = write_measurements(measured, folder)
-    if find_spec("matplotlib"):
-        from gated_llama.inspection.page import draw
+    try:
+        folder.mkdir()
+        for model, name in ((base, result.source), (edited, result.output)):
+            found = measure(model, tokenizer, windows.judged[:INSPECTED], sentence=SENTENCE, progress=progress)
+            measured.append(replace(found, model=Path(name).name))
+        written = write_measurements(measured, folder)
+        if find_spec("matplotlib"):
+            from gated_llama.inspection.page import draw
 
-        draw(read_measurements([written]), folder)
+            draw(read_measurements([written]), folder)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        announce(f"there is no page of what changed, since it could not be made: {first_line(error)}")

@@ -61,7 +61,7 @@ class Unfinished:
     @contextmanager
     def opened(self, asked: dict, *, resume: bool, force: bool) -> Iterator[None]:
         """
-        Context manager, of all processes: the folder is removed at the end, unless the run was interrupted.
+        Context manager, of all processes: the folder is removed at the end, unless the run failed and can go on.
 
         Raises:
             UserError: there is none to resume, or one that was not asked for; or the run was interrupted.
@@ -85,7 +85,8 @@ class Unfinished:
             if main and (isinstance(error, VerificationError) or not is_kept):
                 shutil.rmtree(self.folder, ignore_errors=True)
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else "out of memory"
-            what = str(error).removesuffix(".") if isinstance(error, UserError) else what
+            if isinstance(error, UserError):
+                what = str(error).removesuffix(".")
             if is_kept and (stopped or isinstance(error, UserError)):
                 raise UserError(f"{what}: --resume goes on from what {self.folder} has kept.") from None
             if isinstance(error, torch.OutOfMemoryError):

@@ -57,7 +57,7 @@ class Windows:
         if len(self.train) < LEAST_WINDOWS * self.length or len(self.held_out) <= 2 * self.length:
             raise UserError(
                 f"the text has {len(self.train) + len(self.held_out):,} tokens, too few to fit on and to measure on: "
-                f"give {round(2 * self.length / HELD_OUT):,} and more, in many documents."
+                f"give {round(2 * self.length / HELD_OUT):,} and more."
             )
         begins = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>"))
         self.beginnings = list(dict.fromkeys(token for token in begins if token is not None))
