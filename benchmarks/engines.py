@@ -24,11 +24,19 @@ def table() -> str:
     rows = ["| engine | what was run | result |", "|---|---|---|"]
     by_result = {}
     for line in sorted(read(), key=lambda line: (line["engine"], line["run"])):
-        by_result.setdefault((line["engine"], line["result"]), []).append([{part} for part in line["run"].split("; ")])
+        by_result.setdefault((versioned(line), line["result"]), []).append([{part} for part in line["run"].split("; ")])
     for (engine, result), runs in by_result.items():
         for run in merged(runs):
             rows.append(f"| {engine} | {'; '.join(' / '.join(sorted(part)) for part in run)} | {result} |")
     return "\n".join(rows) + "\n"
+
+
+def versioned(line: dict) -> str:
+    """The engine with its version, and with that of Transformers."""
+    versions, engine = line["versions"], line["engine"]
+    if engine == "Transformers":
+        return f"{engine} {versions['transformers']}"
+    return f"{engine} {list(versions.values())[-1]}, Transformers {versions['transformers']}"
 
 
 def merged(runs: list[list[set[str]]]) -> list[list[set[str]]]:
