@@ -34,6 +34,7 @@ SHOWN = {  # outputs, and how the table calls what made them
     "desinked-qwen-small-left": "Qwen2.5-Coder-0.5B",
     "desinked-qwen": "Qwen2.5-Coder-0.5B, small sinks moved too",
     "desinked-qwen-sliding": "Qwen2.5-Coder-0.5B, `--sliding-window 256`",
+    "desinked-qwen-calm": "Qwen2.5-Coder-0.5B, `--calm-tokens 49152`",
 }
 RESTORED = ("KV heads restored", "key heads given back")  # the step, now and in older records
 SHARE, TIMES, NATS, FROM_TO = "{change:+.2%}", "× {times:.2f}", "{rise:+.3f}", "{then:+.3f} → {now:+.3f}"

@@ -46,6 +46,7 @@ SHOWN = {  # records, and how the table calls them
     "Qwen2.5-Coder-0.5B, `desink --sliding-window 256`": "`desink --sliding-window 256`",
     "Qwen2.5-Coder-0.5B, `desink` on rows of 1,024, small sinks left": "`desink --length 1024`",
     "Qwen2.5-Coder-0.5B, `desink` on rows of 1,024": "`desink --length 1024`, small sinks moved too",
+    "Qwen2.5-Coder-0.5B, `desink --calm-tokens 49152`": "`--calm-tokens 49152`",
 }
 FILLER = "The weather stayed the same that day, and nobody in the town had anything to say about it. "
 

@@ -68,12 +68,20 @@ def summary(values: list[float]) -> dict:
     return {"median": quartiles[1], "q25": quartiles[0], "q75": quartiles[2], "n": len(values)}
 
 
+def processor() -> str:
+    """Its maker's name for it; what Python knows of it where there is no Linux."""
+    told = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", told.read_text() if told.exists() else "", re.MULTILINE)
+    return named[1] if named else platform.processor()
+
+
 def circumstances(*packages: str) -> dict:
-    """For every record: device, instructions, GPU, versions of torch, Transformers and `packages`, commit, day."""
+    """For every record: device, processor, instructions, GPU, versions of torch, Transformers and `packages`, commit, day."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     return {
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor(),
         # oneDNN uses AMX too where there is such, unless it is told not to.
         "instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", torch.backends.cpu.get_cpu_capability()),
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),

@@ -12,6 +12,7 @@ import bench_desink
 import buys
 import sinks
 import torch
+import wikitext
 
 import engines
 import paint_mixer
@@ -121,6 +122,7 @@ def test_the_tables_of_sinks_are_those_of_the_records():
     assert read_table("sinks") == sinks.table(sinks.known(sinks.RECORDS))
     assert read_table("desink") == bench_desink.table(read_records(bench_desink.RECORDS))
     assert read_table("buys") == buys.table(read_records(buys.RECORDS))
+    assert read_table("wikitext") == wikitext.table(read_records(wikitext.RECORDS))
 
 
 def test_the_table_of_speed_is_that_of_the_last_record():
