@@ -76,7 +76,7 @@ def processor() -> str:
 
 
 def circumstances(*packages: str) -> dict:
-    """For every record: device, processor, instructions, GPU, versions of torch, Transformers and `packages`, commit, day."""
+    """For every record: processor, instructions, GPU, versions of torch, Transformers and `packages`, commit, day."""
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     return {

@@ -104,8 +104,8 @@ def main() -> None:
         rows = rows_of(tokenizer, args.test, args.rows)
         calibration = rows_of(tokenizer, args.calibration, CALIBRATED)
         found = measure(model.to(args.device).eval(), rows, calibration)
-        record = {"name": name, "text": digest(rows), "rows": len(rows), "perplexity": found, **circumstances("torchao")}
-        keep_record(RECORDS, record, "name")
+        record = {"name": name, "text": digest(rows), "rows": len(rows), "perplexity": found}
+        keep_record(RECORDS, record | circumstances("torchao"), "name")
         print(f"{name}: {found}", flush=True)
 
 

@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a plain or gated checkpoint, a folder or the id of a Hub repository")
     parser.add_argument("output", help="the folder to write")
     parser.add_argument(
-        "--text", nargs="+", required=True, metavar="FILE", help="files or Hub datasets, as finetune's --data"
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or Hub datasets, as finetune's --data, of all kinds of text that the model is for: others pay more",
     )
     parser.add_argument(
         "--calm-only", action="store_true", help="leave the sink, and only calm massive activations, on --calm-tokens"

@@ -82,7 +82,7 @@ def desink_checkpoint(
 
     Args:
         model: a plain Llama, Mistral, Qwen2 or Qwen3, or a gated checkpoint; a folder or a Hub id.
-        text: of the kind that the model is for, see [`gated_llama.data.read_documents`].
+        text: of all kinds that the model is for, see [`gated_llama.data.read_documents`].
         device: `"cuda"`, `"cpu"`, …; a GPU if there is one, if None.
         resume: go on from the last step, or quarter of one, that a run which was stopped had made.
         announce: is told, a line each, what a step did.
