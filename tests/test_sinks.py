@@ -561,6 +561,14 @@ def test_the_distance_of_states_leaves_out_what_is_long():
     torch.testing.assert_close(found, torch.tensor(((1 / 25 + 1) / 2 + 1 / 4) / 2))
 
 
+def test_the_distance_of_states_is_the_mean_of_those_of_its_rows():
+    """Whatever else they hold that is long, so that processes which share the rows make the same step."""
+    wanted = torch.tensor([[[1.0], [9.0], [9.0]], [[1.0], [2.0], [3.0]]])
+    states = wanted + torch.tensor([[[0.5], [0.5], [0.5]], [[0.1], [0.2], [0.3]]])
+    rows = [distance([x[None]], [x0[None]], [5.0]) for x, x0 in zip(states, wanted, strict=True)]
+    torch.testing.assert_close(distance([states], [wanted], [5.0]), (rows[0] + rows[1]) / 2)
+
+
 def test_distilling_brings_states_back_to_the_base():
     """Further than the divergence alone does, from which nothing is asked of states."""
     base, ids, off = with_massive_tokens(), token_ids(400, 20), {}

@@ -115,12 +115,16 @@ def states_of(model: PreTrainedModel, ids: torch.Tensor, *, every: bool) -> tupl
 
 
 def distance(states: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], longest: Sequence[float]) -> torch.Tensor:
-    """Mean of |x − x₀|² / |x₀|² over layers and tokens, of states (B, T, E) whose x₀ is no longer than `longest`."""
+    """
+    Mean of |x − x₀|² / |x₀|² over tokens, then rows and layers, of states (B, T, E) whose x₀ is no longer than
+    `longest`: row by row, so that a step is the same however many processes share its rows.
+    """
     found = []
     for x, x0, most in zip(states, wanted, longest, strict=True):
         length = x0.norm(dim=2)
         counted = length <= most
-        found.append(((x - x0).square().sum(2) / length.square() * counted).sum() / counted.sum().clamp_min(1))
+        off = (x - x0).square().sum(2) / length.square() * counted  # (B, T)
+        found.append((off.sum(1) / counted.sum(1).clamp_min(1)).mean())
     return torch.stack(found).mean()
 
 
