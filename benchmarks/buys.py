@@ -26,7 +26,7 @@ from gated_llama.data import cut_windows
 from gated_llama.loading import load
 from gated_llama.sinks.judge import losses
 from gated_llama.sinks.stream import FIRST, keeping_first, last_tokens
-from measured import RESULTS, circumstances, digest, keep_record, read_records, write_table
+from measured import RESULTS, circumstances, digest, keep_record, models_parser, named, read_records, write_table
 
 
 RECORDS = RESULTS / "buys.jsonl"
@@ -198,19 +198,14 @@ def table_of(records: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="*", help="folders; plain ones are converted first")
-    parser.add_argument("--name", nargs="+", default=[], help="of each (default: the folder's)")
+    parser = models_parser(__doc__)
     parser.add_argument("--text", type=Path, help="held-out text")
     parser.add_argument("--rows", type=int, default=2, help="of 4,096 tokens (default: 2)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--write", action="store_true", help="run nothing: write the table from the records")
     args = parser.parse_args()
     if args.write:
         write_table("buys", table(read_records(RECORDS)))
         return
-    names = args.name or [folder.name for folder in args.models]
-    for name, folder in zip(names, args.models, strict=True):
+    for name, folder in named(args):
         with tempfile.TemporaryDirectory() as work:
             gated = Path(work) / "gated"
             convert_checkpoint(folder, gated, link=True, verify=False, progress=False)

@@ -1,6 +1,7 @@
 # Copyright 2026 The gated-llama Authors. Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What the benchmarks share: time and peak memory, their summary, records, the pages' tables."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -92,6 +93,21 @@ def circumstances(*packages: str) -> dict:
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def models_parser(description: str) -> argparse.ArgumentParser:
+    """Of a benchmark that makes a record of each of some models."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="*", help="folders, plain or gated")
+    parser.add_argument("--name", nargs="+", default=[], help="of each (default: the folder's)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", action="store_true", help="run nothing: write the table from the records")
+    return parser
+
+
+def named(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """Names and folders of the models that such a parser was given."""
+    return list(zip(args.name or [folder.name for folder in args.models], args.models, strict=True))
 
 
 def digest(windows: torch.Tensor) -> str:

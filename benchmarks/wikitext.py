@@ -8,7 +8,6 @@ benchmarks/results/wikitext.jsonl; `--write` makes the table of docs/sinks.md.
     python benchmarks/wikitext.py --write
 """
 
-import argparse
 import math
 import sys
 from copy import deepcopy
@@ -16,13 +15,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from gated_llama.inspection.attention import decoder_layers
-from gated_llama.inspection.quantization import QUANTIZATIONS, quantized, rounded
+from gated_llama.inspection.quantization import QUANTIZATIONS, quantized, quantized_linears, rounded
 from gated_llama.loading import load
 from gated_llama.sinks.judge import losses
-from measured import RESULTS, circumstances, digest, keep_record, read_records, write_table
+from measured import RESULTS, circumstances, digest, keep_record, models_parser, named, read_records, write_table
 
 
 RECORDS = RESULTS / "wikitext.jsonl"
@@ -51,12 +48,6 @@ def perplexity(model, rows: torch.Tensor) -> float:
     return math.exp(losses(model, rows, 1).mean().item())
 
 
-def linears(model) -> list[nn.Linear]:
-    """Of the layers, gates left out."""
-    modules = [pair for layer in decoder_layers(model) for pair in layer.named_modules()]
-    return [module for name, module in modules if isinstance(module, nn.Linear) and "attn_gate" not in name]
-
-
 @torch.no_grad()
 def measure(model, rows: torch.Tensor, calibration: torch.Tensor) -> dict[str, float]:
     """Perplexities, by the columns of the table."""
@@ -67,11 +58,11 @@ def measure(model, rows: torch.Tensor, calibration: torch.Tensor) -> dict[str, f
         with quantized(model, how, partial(losses, model, calibration, 1)):
             found[name] = perplexity(model, rows)
     integer = deepcopy(model)
-    chosen = set(linears(integer))
+    chosen = set(quantized_linears(integer))
     config = Int8DynamicActivationInt8WeightConfig(granularity=PerTensor())
     quantize_(integer, config, filter_fn=lambda module, name: module in chosen)
     found[TORCHAO] = perplexity(integer, rows)
-    for linear in linears(model):
+    for linear in quantized_linears(model):
         linear.weight.copy_(rounded(linear.weight, linear.weight.abs().amax()))
     return found | {WEIGHTS: perplexity(model, rows)}
 
@@ -87,19 +78,15 @@ def table(records: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs="*", help="folders, plain or gated")
-    parser.add_argument("--name", nargs="+", default=[], help="of each (default: the folder's)")
+    parser = models_parser(__doc__)
     parser.add_argument("--test", type=Path, help="wiki.test.raw or its like")
     parser.add_argument("--calibration", type=Path, help="wiki.valid.raw or its like")
     parser.add_argument("--rows", type=int, default=8, help="of 2,048 tokens (default: 8)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--write", action="store_true", help="run nothing: write the table from the records")
     args = parser.parse_args()
     if args.write:
         write_table("wikitext", table(read_records(RECORDS)))
         return
-    for name, folder in zip(args.name or [folder.name for folder in args.models], args.models, strict=True):
+    for name, folder in named(args):
         model, tokenizer = load(folder, dtype=torch.float32)
         rows = rows_of(tokenizer, args.test, args.rows)
         calibration = rows_of(tokenizer, args.calibration, CALIBRATED)

@@ -24,22 +24,26 @@ def rounded(x: torch.Tensor, largest: torch.Tensor, levels: int = 127) -> torch.
     return (x / step).round_().clamp_(-levels, levels).mul_(step)
 
 
-@contextmanager
-def quantized(
-    model: PreTrainedModel, how: str, calibrate: Callable[[], object] = lambda: None, bits: int = 8
-) -> Iterator[None]:
-    """
-    Simulated: weights (a scale each) and inputs of the layers' linears, gates left out. `how`: "dynamic per tensor",
-    "static per tensor" (scales from what `calibrate` runs), "per token" (weights per output channel).
-    """
-    levels = 2 ** (bits - 1) - 1
-    linears = [
+def quantized_linears(model: PreTrainedModel) -> list[nn.Linear]:
+    """The layers' linears, gates left out."""
+    return [
         linear
         for layer in decoder_layers(model)
         for name, linear in layer.named_modules()
         if isinstance(linear, nn.Linear) and "attn_gate" not in name
     ]
-    largest = {}
+
+
+@contextmanager
+def quantized(
+    model: PreTrainedModel, how: str, calibrate: Callable[[], object] = lambda: None, bits: int = 8
+) -> Iterator[None]:
+    """
+    Simulated: weights (a scale each) and inputs of the [`quantized_linears`]. `how`: "dynamic per tensor",
+    "static per tensor" (scales from what `calibrate` runs), "per token" (weights per output channel).
+    """
+    levels = 2 ** (bits - 1) - 1
+    linears, largest = quantized_linears(model), {}
     if how == "static per tensor":
 
         def see(linear: nn.Module, inputs: tuple) -> None:
